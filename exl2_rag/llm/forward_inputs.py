@@ -1,0 +1,47 @@
+"""The tensors of one engine step: what a model's forward pass is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardInputs:
+    """A ragged batch of B sequences with T new tokens in all, laid end to end.
+
+    Attributes:
+        token_ids: [T] int64.
+        positions: [T] int64, the position of each token in its sequence (0 is the first).
+        slot_mapping: [T] int64, where the token's key and value go: page * page_size + row.
+        page_table: [B, MP] int32, the pages of each sequence in order; unused entries are -1.
+        query_starts: [B + 1] int32; the new tokens of sequence b are rows query_starts[b] to query_starts[b + 1].
+        context_lens: [B] int32, tokens of sequence b in the cache once this step's tokens are written.
+        logit_rows: [L] int64, the rows of which logits are wanted.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slot_mapping: Tensor
+    page_table: Tensor
+    query_starts: Tensor
+    context_lens: Tensor
+    logit_rows: Tensor
+
+    @staticmethod
+    def single(token_ids: Tensor, *, start: int, pages: Tensor, page_size: int) -> ForwardInputs:
+        """One sequence: `token_ids` [T] at positions start, start + 1, …, on `pages` [MP]; logits of every row."""
+        count = token_ids.shape[0]
+        positions = torch.arange(start, start + count, dtype=torch.int64)
+        slots = pages.to(torch.int64)[positions // page_size] * page_size + positions % page_size
+        return ForwardInputs(
+            token_ids=token_ids.to(torch.int64),
+            positions=positions,
+            slot_mapping=slots,
+            page_table=pages.to(torch.int32)[None, :],
+            query_starts=torch.tensor([0, count], dtype=torch.int32),
+            context_lens=torch.tensor([start + count], dtype=torch.int32),
+            logit_rows=torch.arange(count, dtype=torch.int64),
+        )

@@ -1,0 +1,1 @@
+"""Questions about documents, answered with verified quotes. The only place that knows both `llm` and `retrieval`."""

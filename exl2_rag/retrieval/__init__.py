@@ -1,0 +1,1 @@
+"""Text in, ranked chunks out. Knows nothing of the engine."""
