@@ -1,0 +1,26 @@
+"""The `exl2-rag` program: gathers the commands. Heavy imports happen inside the commands, so `--help` is quick."""
+
+from __future__ import annotations
+
+import typer
+
+from exl2_rag.cli import ask, chat, demo, generate, index, inspect
+
+app = typer.Typer(
+    name="exl2-rag",
+    help="Ask your documents, or any EXL2 model, on your own machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command("index")(index.index)
+app.command("ask")(ask.ask)
+app.command("chat")(chat.chat)
+app.command("generate")(generate.generate)
+app.command("inspect")(inspect.inspect)
+app.command("demo")(demo.demo)
+
+
+if __name__ == "__main__":
+    app()
