@@ -1,4 +1,4 @@
-"""Where the demo model is. Small enough to come with the package; its card (README.md beside it) says what it can do."""
+"""Where the demo model is. It comes with the package; its card (README.md beside it) says what it can do."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ ModelOption = Annotated[
 ]
 SettingsOption = Annotated[
     str,
-    typer.Option("--settings", "-s", envvar="EXL2_RAG_SETTINGS", help="A settings file, or the name of a built-in one."),
+    typer.Option("--settings", "-s", envvar="EXL2_RAG_SETTINGS", help="A settings file or the name of a built-in one."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 IndexOption = Annotated[
