@@ -1,0 +1,396 @@
+"""The ops of the engine: one typed function each, and the only door to native code.
+
+Each op is a torch operator (namespace `exl2_rag`) with an implementation per device and a fake for tracing. Each has
+its namesake in `reference.py`, and a tolerance here that every implementation keeps against it. What row t of a
+result holds depends on row t of the input alone: not on T, not on the other rows, not on the threads, because the
+order of additions is fixed. Prefix hits, batching and slicing therefore change nothing.
+
+Knows nothing of layers or files. Inputs may be strided, weights and pages may not: copying those would hide a cost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from exl2_rag.errors import DeviceError, DTypeError, ShapeError
+from exl2_rag.llm.kernels import reference, registry
+from exl2_rag.llm.kernels.weights import TILE_COLUMNS, Exl2Weights, GptqWeights
+
+__all__ = [
+    "TOLERANCES",
+    "Exl2Weights",
+    "GptqWeights",
+    "Tolerance",
+    "dense_matmul",
+    "exl2_matmul",
+    "exl2_prepare",
+    "gptq_matmul",
+    "gptq_prepare",
+    "paged_attention",
+    "rms_norm",
+    "rope_cache_write",
+    "silu_mul",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """How far an implementation may be from the reference: |a - b| <= absolute + relative * |b|."""
+
+    absolute: float
+    relative: float
+
+
+TOLERANCES: Final[dict[str, Tolerance]] = {
+    # Matmuls: float32 sums of K products of numbers around 1.
+    "exl2_matmul": Tolerance(2e-5, 2e-5),
+    "gptq_matmul": Tolerance(2e-5, 2e-5),
+    "dense_matmul": Tolerance(2e-5, 2e-5),
+    "rms_norm": Tolerance(2e-6, 2e-6),
+    "silu_mul": Tolerance(2e-6, 2e-6),
+    "rope_cache_write": Tolerance(1e-6, 1e-6),
+    "paged_attention": Tolerance(5e-6, 5e-6),
+}
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _check_float(op: str, name: str, tensor: Tensor, dims: int) -> None:
+    if tensor.dtype != torch.float32:
+        raise DTypeError(f"{op}: {name} must be float32, it is {tensor.dtype}; convert it before the call")
+    if tensor.dim() != dims:
+        raise ShapeError(f"{op}: {name} must have {dims} dimensions, its shape is {list(tensor.shape)}")
+
+
+def _check_devices(op: str, first: Tensor, *others: Tensor) -> None:
+    for other in others:
+        if other.device != first.device:
+            raise DeviceError(f"{op}: all tensors must be on {first.device}, one is on {other.device}")
+
+
+def exl2_prepare(
+    q_weight: Tensor,
+    q_groups: Tensor,
+    q_scale: Tensor,
+    q_scale_max: Tensor,
+    q_invperm: Tensor,
+    *,
+    prescale: float = 1.0,
+) -> Exl2Weights:
+    """Repack an EXL2 matrix for `exl2_matmul`; once, at load. The tensors given are left alone.
+
+    Args:
+        q_weight: [R, N] int32, packed codes as in the file; N a multiple of 32.
+        q_groups: [2 * G] int16, (bits, first packed row) of each group.
+        q_scale: [G, N/8] int32, a nibble (scale - 1) per group and column.
+        q_scale_max: [G] float16.
+        q_invperm: [K] int32, the stored row of each input feature.
+        prescale: a constant of the layer that multiplies the weights.
+
+    Raises:
+        DTypeError, ShapeError: the tensors are not one EXL2 matrix.
+    """
+    wanted = {
+        "q_weight": (q_weight, torch.int32, 2),
+        "q_groups": (q_groups, torch.int16, 1),
+        "q_scale": (q_scale, torch.int32, 2),
+        "q_scale_max": (q_scale_max, torch.float16, 1),
+        "q_invperm": (q_invperm, torch.int32, 1),
+    }
+    for name, (tensor, dtype, dims) in wanted.items():
+        if tensor.dtype != dtype or tensor.dim() != dims:
+            found = f"{tensor.dtype} of shape {list(tensor.shape)}"
+            raise (DTypeError if tensor.dtype != dtype else ShapeError)(
+                f"exl2_prepare: {name} must be {dtype} with {dims} dimension(s), it is {found}"
+            )
+    if q_weight.shape[1] % TILE_COLUMNS:
+        raise ShapeError(f"exl2_prepare: q_weight must have a multiple of 32 columns, it has {q_weight.shape[1]}")
+    if q_scale_max.shape[0] * 2 != q_groups.shape[0]:
+        raise ShapeError(
+            f"exl2_prepare: q_groups describes {q_groups.shape[0] // 2} groups, q_scale_max {q_scale_max.shape[0]}"
+        )
+    _check_devices("exl2_prepare", q_weight, q_groups, q_scale, q_scale_max, q_invperm)
+    return reference.exl2_prepare(q_weight, q_groups, q_scale, q_scale_max, q_invperm, prescale=prescale)
+
+
+def exl2_matmul(x: Tensor, weights: Exl2Weights) -> Tensor:
+    """Multiply activations by an EXL2 matrix without storing the dequantised weights.
+
+    Args:
+        x: [T, K] float32.
+        weights: a K x N matrix from `exl2_prepare`. N is the padded width. Not modified.
+
+    Returns:
+        [T, N] float32. The weights are exactly the format's float16 values; sums are float32.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError: `x` does not fit `weights`.
+    """
+    _check_float("exl2_matmul", "x", x, 2)
+    if x.shape[1] != weights.in_features:
+        raise ShapeError(f"exl2_matmul: x must be [T, {weights.in_features}], it is {list(x.shape)}")
+    _check_devices("exl2_matmul", x, weights.codes)
+    result: Tensor = registry.exl2_matmul(
+        x, weights.codes, weights.scales, weights.group_scales, weights.groups, weights.perm
+    )
+    return result
+
+
+def gptq_prepare(
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    g_idx: Tensor | None = None,
+    *,
+    prescale: float = 1.0,
+    zero_offset: int = 1,
+) -> GptqWeights:
+    """Repack a 4-bit GPTQ matrix for `gptq_matmul`; once, at load. The tensors given are left alone.
+
+    Args:
+        qweight: [K/8, N] int32, codes of eight rows a word; N a multiple of 32.
+        qzeros: [G, N/8] int32, zero points of eight columns a word.
+        scales: [G, N] float16, bfloat16 or float32; rounded to float16.
+        g_idx: [K] int32, the group of each row. Without it, or all zero, groups are equal powers of two.
+        prescale: a constant of the layer that multiplies the weights.
+        zero_offset: what is added to a stored zero point: 1, or 0 in files of `checkpoint_format` "gptq_v2".
+
+    Raises:
+        DTypeError, ShapeError: the tensors are not one GPTQ matrix.
+    """
+    for name, tensor in (("qweight", qweight), ("qzeros", qzeros)):
+        if tensor.dtype != torch.int32:
+            raise DTypeError(f"gptq_prepare: {name} must be int32, it is {tensor.dtype}")
+    if scales.dtype not in _FLOATS:
+        raise DTypeError(f"gptq_prepare: scales must be floating point, they are {scales.dtype}")
+    if qweight.dim() != 2 or scales.dim() != 2 or qweight.shape[1] % TILE_COLUMNS:
+        raise ShapeError(
+            f"gptq_prepare: qweight must be [K/8, N] with N a multiple of 32, it is {list(qweight.shape)}; "
+            f"scales must be [G, N], they are {list(scales.shape)}"
+        )
+    n_groups, out_features = scales.shape
+    if out_features != qweight.shape[1] or qzeros.shape != (n_groups, out_features // 8):
+        raise ShapeError(
+            f"gptq_prepare: qweight {list(qweight.shape)}, qzeros {list(qzeros.shape)} and "
+            f"scales {list(scales.shape)} do not describe one matrix"
+        )
+    if g_idx is not None and (
+        g_idx.shape != (qweight.shape[0] * 8,) or not 0 <= int(g_idx.min()) <= int(g_idx.max()) < n_groups
+    ):
+        raise ShapeError(f"gptq_prepare: g_idx must be [{qweight.shape[0] * 8}] with values 0 to {n_groups - 1}")
+    _check_devices("gptq_prepare", qweight, qzeros, scales)
+    return reference.gptq_prepare(qweight, qzeros, scales, g_idx, prescale=prescale, zero_offset=zero_offset)
+
+
+def gptq_matmul(x: Tensor, weights: GptqWeights) -> Tensor:
+    """Multiply activations by a GPTQ matrix without storing the dequantised weights.
+
+    Args:
+        x: [T, K] float32.
+        weights: a K x N matrix from `gptq_prepare`. Not modified.
+
+    Returns:
+        [T, N] float32. The weights are exactly the format's float16 values; sums are float32.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError: `x` does not fit `weights`.
+    """
+    _check_float("gptq_matmul", "x", x, 2)
+    if x.shape[1] != weights.in_features:
+        raise ShapeError(f"gptq_matmul: x must be [T, {weights.in_features}], it is {list(x.shape)}")
+    _check_devices("gptq_matmul", x, weights.codes)
+    result: Tensor = registry.gptq_matmul(x, weights.codes, weights.scales, weights.zeros, weights.row_groups)
+    return result
+
+
+def dense_matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """x times the transpose of a plain matrix.
+
+    Args:
+        x: [T, K] float32.
+        weight: [N, K] float32, float16 or bfloat16, contiguous; used as it is stored, never widened as a whole.
+
+    Returns:
+        [T, N] float32, summed in float32.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError: the two do not fit.
+    """
+    _check_float("dense_matmul", "x", x, 2)
+    if weight.dtype not in _FLOATS:
+        raise DTypeError(f"dense_matmul: weight must be float32, float16 or bfloat16, it is {weight.dtype}")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[1] or not weight.is_contiguous():
+        raise ShapeError(
+            f"dense_matmul: weight must be [N, {x.shape[1]}] and contiguous; its shape is {list(weight.shape)}, "
+            f"its strides {list(weight.stride())}"
+        )
+    _check_devices("dense_matmul", x, weight)
+    result: Tensor = registry.dense_matmul(x, weight)
+    return result
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) * weight over the last dimension.
+
+    Args:
+        x: [T, C] float32.
+        weight: [C] float32.
+        eps: added to the mean square.
+
+    Returns:
+        [T, C] float32.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError: the two do not fit.
+    """
+    _check_float("rms_norm", "x", x, 2)
+    _check_float("rms_norm", "weight", weight, 1)
+    if weight.shape[0] != x.shape[1]:
+        raise ShapeError(f"rms_norm: weight must be [{x.shape[1]}], it is {list(weight.shape)}")
+    _check_devices("rms_norm", x, weight)
+    result: Tensor = registry.rms_norm(x, weight, eps)
+    return result
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """gate * sigmoid(gate) * up, element by element.
+
+    Args:
+        gate, up: [T, I] float32.
+
+    Returns:
+        [T, I] float32.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError: the two do not fit.
+    """
+    _check_float("silu_mul", "gate", gate, 2)
+    _check_float("silu_mul", "up", up, 2)
+    if gate.shape != up.shape:
+        raise ShapeError(f"silu_mul: gate is {list(gate.shape)}, up is {list(up.shape)}; they must be alike")
+    _check_devices("silu_mul", gate, up)
+    result: Tensor = registry.silu_mul(gate, up)
+    return result
+
+
+def _check_pages(op: str, k_pages: Tensor, v_pages: Tensor) -> None:
+    if k_pages.dtype not in _FLOATS or v_pages.dtype != k_pages.dtype:
+        raise DTypeError(
+            f"{op}: pages must be float32, float16 or bfloat16 and alike, they are {k_pages.dtype} and {v_pages.dtype}"
+        )
+    contiguous = k_pages.is_contiguous() and v_pages.is_contiguous()
+    if k_pages.dim() != 4 or v_pages.shape != k_pages.shape or not contiguous:
+        raise ShapeError(
+            f"{op}: k_pages and v_pages must be [P, PS, KH, D], alike and contiguous, "
+            f"they are {list(k_pages.shape)} and {list(v_pages.shape)}"
+        )
+
+
+def rope_cache_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+) -> Tensor:
+    """Rotate q and k by their positions and write k and v into the cache.
+
+    Args:
+        q: [T, H, D] float32. k, v: [T, KH, D] float32.
+        cos, sin: [S, R/2] float32, a row per position. The first R of D numbers are rotated, number i of the first
+            half of R with number i of the second (NeoX layout).
+        positions: [T] int64, each less than S.
+        slot_mapping: [T] int64, page * PS + row for each token; all different.
+        k_pages, v_pages: [P, PS, KH, D] float32, float16 or bfloat16; written to.
+
+    Returns:
+        [T, H, D] float32, q rotated.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError: a tensor does not fit, or a position or slot is out of range.
+    """
+    op = "rope_cache_write"
+    for name, tensor, dims in (("q", q, 3), ("k", k, 3), ("v", v, 3), ("cos", cos, 2), ("sin", sin, 2)):
+        _check_float(op, name, tensor, dims)
+    for name, tensor in (("positions", positions), ("slot_mapping", slot_mapping)):
+        if tensor.dtype != torch.int64:
+            raise DTypeError(f"{op}: {name} must be int64, it is {tensor.dtype}")
+        if tensor.shape != q.shape[:1]:
+            raise ShapeError(f"{op}: {name} must be [{q.shape[0]}], it is {list(tensor.shape)}")
+    _check_pages(op, k_pages, v_pages)
+    wanted = (q.shape[0], k_pages.shape[2], k_pages.shape[3])
+    if k.shape != wanted or v.shape != wanted or q.shape[2] != wanted[2]:
+        raise ShapeError(
+            f"{op}: with q {list(q.shape)} and pages {list(k_pages.shape)}, k and v must be {list(wanted)} and D "
+            f"{wanted[2]}; k is {list(k.shape)}, v is {list(v.shape)}"
+        )
+    if cos.shape != sin.shape or cos.shape[1] * 2 > q.shape[2]:
+        raise ShapeError(
+            f"{op}: cos and sin must be [S, R/2] with R at most {q.shape[2]}, "
+            f"they are {list(cos.shape)} and {list(sin.shape)}"
+        )
+    _check_devices(op, q, k, v, cos, sin, positions, slot_mapping, k_pages, v_pages)
+    result: Tensor = registry.rope_cache_write(q, k, v, cos, sin, positions, slot_mapping, k_pages, v_pages)
+    return result
+
+
+def paged_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    *,
+    softmax_scale: float,
+    sliding_window: int = 0,
+) -> Tensor:
+    """Causal attention over the paged cache: prefill, decode and both in one batch, with grouped queries.
+
+    Args:
+        q: [T, H, D] float32, rotated; H a multiple of KH.
+        k_pages, v_pages: [P, PS, KH, D] float32, float16 or bfloat16; the new tokens are in them already.
+        page_table: [B, MP] int32, the pages of each sequence in order; entries beyond its length are not read.
+        query_starts: [B + 1] int32; sequence b has rows query_starts[b] to query_starts[b + 1] of q, its last ones.
+        context_lens: [B] int32, tokens of sequence b in the cache, the new ones included.
+        softmax_scale: multiplies the scores.
+        sliding_window: 0, or how many keys a query sees: the last that many, itself included.
+
+    Returns:
+        [T, H, D] float32.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError: a tensor does not fit, or a page or length is out of range.
+    """
+    op = "paged_attention"
+    _check_float(op, "q", q, 3)
+    _check_pages(op, k_pages, v_pages)
+    if q.shape[2] != k_pages.shape[3] or q.shape[1] % k_pages.shape[2]:
+        raise ShapeError(
+            f"{op}: q {list(q.shape)} does not go with pages {list(k_pages.shape)}: D must be the same and the "
+            "query heads a multiple of the key heads"
+        )
+    for name, tensor in (("page_table", page_table), ("query_starts", query_starts), ("context_lens", context_lens)):
+        if tensor.dtype != torch.int32:
+            raise DTypeError(f"{op}: {name} must be int32, it is {tensor.dtype}")
+    batch = context_lens.shape[0]
+    if page_table.dim() != 2 or page_table.shape[0] != batch or query_starts.shape != (batch + 1,):
+        raise ShapeError(
+            f"{op}: page_table must be [B, MP], query_starts [B + 1] and context_lens [B]; they are "
+            f"{list(page_table.shape)}, {list(query_starts.shape)} and {list(context_lens.shape)}"
+        )
+    if sliding_window < 0:
+        raise ShapeError(f"{op}: sliding_window must be 0 (off) or positive, it is {sliding_window}")
+    _check_devices(op, q, k_pages, v_pages, page_table, query_starts, context_lens)
+    result: Tensor = registry.paged_attention(
+        q, k_pages, v_pages, page_table, query_starts, context_lens, softmax_scale, sliding_window
+    )
+    return result

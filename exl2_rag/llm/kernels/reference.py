@@ -1,0 +1,254 @@
+"""Every op of `ops.py` in plain torch: what the native kernels are tested against, and the fallback without them.
+
+Sums run in float64 and are rounded once, so these are the more exact side of every comparison, and a row's result
+depends neither on the other rows nor on how many there are. Slow on purpose of being plain. Arguments are as in
+`ops.py`; whoever calls directly has checked them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from exl2_rag.errors import ShapeError
+from exl2_rag.llm.kernels import codes as bit_codes
+from exl2_rag.llm.kernels.weights import TILE_COLUMNS, Exl2Weights, GptqWeights, Group, parse_groups
+
+_MAX_DECODED = 1 << 22  # weights decoded at a time: 16 MiB of float32, never the whole matrix of a large layer
+
+
+def _tiles(matrix: Tensor, tile_columns: int) -> Tensor:
+    """[R, N] to [N / tile_columns, R, tile_columns]."""
+    return matrix.unflatten(1, (-1, tile_columns)).transpose(0, 1).contiguous()
+
+
+def _untile(tiles: Tensor) -> Tensor:
+    """[tiles, R, c] to [R, tiles * c]."""
+    return tiles.transpose(0, 1).flatten(1)
+
+
+def exl2_prepare(
+    q_weight: Tensor,
+    q_groups: Tensor,
+    q_scale: Tensor,
+    q_scale_max: Tensor,
+    q_invperm: Tensor,
+    *,
+    prescale: float = 1.0,
+) -> Exl2Weights:
+    """Repack a matrix from its form in the file to its form in memory."""
+    packed_rows, out_features = q_weight.shape
+    try:
+        groups = parse_groups([number & 0xFFFF for number in q_groups.tolist()], packed_rows)
+    except ValueError as error:
+        raise ShapeError(f"exl2_prepare: {error}; the tensors are not one EXL2 matrix") from error
+    in_features = sum(group.rows for group in groups)
+    if q_invperm.shape != (in_features,) or q_scale.shape != (len(groups), out_features // 8):
+        raise ShapeError(
+            f"exl2_prepare: q_groups describes {in_features} rows in {len(groups)} groups and q_weight has "
+            f"{out_features} columns, but q_invperm is {list(q_invperm.shape)} and q_scale {list(q_scale.shape)}"
+        )
+    perm = torch.argsort(q_invperm.to(torch.int64) & 0xFFFF).to(torch.int32)
+    if torch.equal(perm, torch.arange(in_features, dtype=torch.int32, device=perm.device)):
+        perm = perm[:0].clone()
+    return Exl2Weights(
+        codes=_tiles(q_weight, TILE_COLUMNS),
+        scales=_tiles(q_scale, TILE_COLUMNS // 8),
+        group_scales=exl2_group_scales(q_scale_max, prescale),
+        groups=torch.tensor([[g.bits, g.rows] for g in groups], dtype=torch.int32, device=q_weight.device),
+        perm=perm,
+        in_features=in_features,
+        out_features=out_features,
+    )
+
+
+def exl2_group_scales(q_scale_max: Tensor, prescale: float) -> Tensor:
+    """[G] float16: prescale and the division by 256, rounded once to float16, which often makes them subnormal."""
+    factor = torch.tensor(prescale / 256, dtype=torch.float32, device=q_scale_max.device)
+    return (q_scale_max.to(torch.float32) * factor).to(torch.float16)
+
+
+def _groups_of(weights: Exl2Weights) -> list[Group]:
+    groups: list[Group] = []
+    first = 0
+    for bits, rows in weights.groups.tolist():
+        groups.append(Group(bits, first, rows))
+        first += rows * bits // 32
+    return groups
+
+
+def _exl2_decode(weights: Exl2Weights, groups: list[Group], first: int, last: int) -> Tensor:
+    """[K, columns] float16 of the tiles first to last, rows in stored order."""
+    return bit_codes.dequantise(
+        _untile(weights.codes[first:last]), _untile(weights.scales[first:last]), weights.group_scales, groups
+    )
+
+
+def exl2_matmul(x: Tensor, weights: Exl2Weights) -> Tensor:
+    """x [T, K] times the matrix, decoded a few tiles at a time."""
+    stored_x = x if weights.perm.numel() == 0 else x.index_select(1, weights.perm)
+    groups = _groups_of(weights)
+    step = max(1, _MAX_DECODED // (weights.in_features * TILE_COLUMNS))
+    parts = [
+        stored_x.double() @ _exl2_decode(weights, groups, first, first + step).double()
+        for first in range(0, weights.codes.shape[0], step)
+    ]
+    return torch.cat(parts, dim=1).to(torch.float32)
+
+
+def gptq_prepare(
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    g_idx: Tensor | None = None,
+    *,
+    prescale: float = 1.0,
+    zero_offset: int = 1,
+) -> GptqWeights:
+    """Repack a 4-bit GPTQ matrix from its form in the file to its form in memory."""
+    in_features, out_features = qweight.shape[0] * 8, qweight.shape[1]
+    half_scales = scales.to(torch.float16)
+    if prescale != 1.0:
+        half_scales = (half_scales.to(torch.float32) * prescale).to(torch.float16)
+    zeros = (bit_codes.unpack_nibbles(qzeros) + zero_offset).to(torch.uint8)
+    return GptqWeights(
+        codes=_tiles(qweight, TILE_COLUMNS),
+        scales=_tiles(half_scales, TILE_COLUMNS),
+        zeros=_tiles(zeros, TILE_COLUMNS),
+        row_groups=gptq_row_groups(g_idx, in_features, scales.shape[0]).to(qweight.device),
+        in_features=in_features,
+        out_features=out_features,
+    )
+
+
+def gptq_row_groups(g_idx: Tensor | None, in_features: int, n_groups: int) -> Tensor:
+    """[K] int32, the group of each row; without a table the group size is the smallest power of two that suffices."""
+    if g_idx is not None and bool((g_idx != 0).any()):
+        return g_idx.to(torch.int32).clone()
+    group_size = 1
+    while group_size * n_groups < in_features:
+        group_size *= 2
+    return torch.arange(in_features, dtype=torch.int32) // group_size
+
+
+def gptq_decode(weights: GptqWeights, first: int, last: int) -> Tensor:
+    """[K, columns] float16 of the tiles first to last."""
+    rows = weights.row_groups.to(torch.int64)
+    codes = bit_codes.unpack_nibbles(_untile(weights.codes[first:last]).T).T
+    zeros = _untile(weights.zeros[first:last]).to(torch.int32)[rows]
+    scales = _untile(weights.scales[first:last]).to(torch.float32)[rows]
+    return ((codes - zeros).to(torch.float32) * scales).to(torch.float16)
+
+
+def gptq_matmul(x: Tensor, weights: GptqWeights) -> Tensor:
+    """x [T, K] times the matrix, decoded a few tiles at a time."""
+    step = max(1, _MAX_DECODED // (weights.in_features * TILE_COLUMNS))
+    parts = [
+        x.double() @ gptq_decode(weights, first, first + step).double()
+        for first in range(0, weights.codes.shape[0], step)
+    ]
+    return torch.cat(parts, dim=1).to(torch.float32)
+
+
+def dense_matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, K] times weight [N, K] transposed."""
+    step = max(1, _MAX_DECODED // max(1, weight.shape[1]))
+    parts = [x.double() @ rows.double().T for rows in weight.split(step)]
+    return torch.cat(parts, dim=1).to(torch.float32)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) * weight, over the last dimension."""
+    wide = x.double()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.double()).to(torch.float32)
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """gate * sigmoid(gate) * up."""
+    wide = gate.double()
+    return (wide * torch.sigmoid(wide) * up.double()).to(torch.float32)
+
+
+def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first R of each head's D numbers; number i of the first half goes with number i of the second."""
+    half = cos.shape[-1]
+    first, second, rest = heads[..., :half], heads[..., half : 2 * half], heads[..., 2 * half :]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+
+
+def _check_range(op: str, name: str, numbers: Tensor, limit: int) -> None:
+    if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < limit:
+        raise ShapeError(
+            f"{op}: {name} must be 0 to {limit - 1}, they run from {int(numbers.min())} to {int(numbers.max())}"
+        )
+
+
+def rope_cache_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+) -> Tensor:
+    """Rotate q and k, write k and v into their pages, return q."""
+    _check_range("rope_cache_write", "positions", positions, cos.shape[0])
+    _check_range("rope_cache_write", "slot_mapping", slot_mapping, k_pages.shape[0] * k_pages.shape[1])
+    row_cos, row_sin = cos[positions][:, None], sin[positions][:, None]
+    page, row = slot_mapping // k_pages.shape[1], slot_mapping % k_pages.shape[1]
+    k_pages[page, row] = _rotate(k, row_cos, row_sin).to(k_pages.dtype)
+    v_pages[page, row] = v.to(v_pages.dtype)
+    return _rotate(q, row_cos, row_sin)
+
+
+def check_batch(starts: list[int], contexts: list[int], *, n_rows: int, limit_tokens: int) -> None:
+    """Refuse a ragged batch whose lengths contradict each other or the page table."""
+    if starts[0] != 0 or starts[-1] != n_rows:
+        raise ShapeError(f"paged_attention: query_starts must run from 0 to {n_rows}, they are {starts}")
+    for sequence, context in enumerate(contexts):
+        count = starts[sequence + 1] - starts[sequence]
+        if not 0 <= count <= context <= limit_tokens:
+            raise ShapeError(
+                f"paged_attention: sequence {sequence} has {count} new rows and {context} tokens in the cache; "
+                f"rows must not outnumber tokens, nor tokens the {limit_tokens} that the page table can name"
+            )
+
+
+def paged_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    *,
+    softmax_scale: float,
+    sliding_window: int = 0,
+) -> Tensor:
+    """Causal attention of each sequence's new rows over everything it has in the cache."""
+    page_size, n_kv_heads, head_dim = k_pages.shape[1:]
+    repeats = q.shape[1] // n_kv_heads
+    output = torch.zeros_like(q)
+    starts, contexts = query_starts.tolist(), context_lens.tolist()
+    check_batch(starts, contexts, n_rows=q.shape[0], limit_tokens=page_table.shape[1] * page_size)
+    for sequence, context in enumerate(contexts):
+        first, last = starts[sequence], starts[sequence + 1]
+        if last == first:
+            continue
+        pages = page_table[sequence, : -(-context // page_size)].to(torch.int64)
+        _check_range("paged_attention", "page_table entries in use", pages, k_pages.shape[0])
+        keys = k_pages[pages].reshape(-1, n_kv_heads, head_dim)[:context].double()
+        values = v_pages[pages].reshape(-1, n_kv_heads, head_dim)[:context].double()
+        queries = q[first:last].double().unflatten(1, (n_kv_heads, repeats))
+        scores = torch.einsum("tkrd,skd->krts", queries, keys) * softmax_scale
+        query_position = torch.arange(context - (last - first), context, device=q.device)[:, None]
+        key_position = torch.arange(context, device=q.device)[None, :]
+        hidden = key_position > query_position
+        if sliding_window > 0:
+            hidden |= key_position <= query_position - sliding_window
+        weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
+        output[first:last] = torch.einsum("krts,skd->tkrd", weights, values).flatten(1, 2).to(torch.float32)
+    return output

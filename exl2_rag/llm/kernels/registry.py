@@ -1,0 +1,122 @@
+"""The ops as torch operators: schemas, implementations per device, fakes. Called by `ops.py`, which checks first.
+
+The operators take plain tensors, so they can be traced; `ops.py` gives them their types.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from exl2_rag.llm.kernels import reference
+from exl2_rag.llm.kernels.weights import TILE_COLUMNS, Exl2Weights, GptqWeights
+
+_library = torch.library.Library("exl2_rag", "DEF")
+_library.define(
+    "exl2_matmul(Tensor x, Tensor codes, Tensor scales, Tensor group_scales, Tensor groups, Tensor perm) -> Tensor"
+)
+_library.define("gptq_matmul(Tensor x, Tensor codes, Tensor scales, Tensor zeros, Tensor row_groups) -> Tensor")
+_library.define("dense_matmul(Tensor x, Tensor weight) -> Tensor")
+_library.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
+_library.define("silu_mul(Tensor gate, Tensor up) -> Tensor")
+_library.define(
+    "rope_cache_write(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor positions, Tensor slot_mapping, "
+    "Tensor(a!) k_pages, Tensor(b!) v_pages) -> Tensor"
+)
+_library.define(
+    "paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor query_starts, "
+    "Tensor context_lens, float softmax_scale, int sliding_window) -> Tensor"
+)
+
+
+def _cpu_exl2_matmul(
+    x: Tensor, codes: Tensor, scales: Tensor, group_scales: Tensor, groups: Tensor, perm: Tensor
+) -> Tensor:
+    out_features = codes.shape[0] * TILE_COLUMNS
+    return reference.exl2_matmul(x, Exl2Weights(codes, scales, group_scales, groups, perm, x.shape[1], out_features))
+
+
+def _cpu_gptq_matmul(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, row_groups: Tensor) -> Tensor:
+    out_features = codes.shape[0] * TILE_COLUMNS
+    return reference.gptq_matmul(x, GptqWeights(codes, scales, zeros, row_groups, x.shape[1], out_features))
+
+
+def _cpu_dense_matmul(x: Tensor, weight: Tensor) -> Tensor:
+    return reference.dense_matmul(x, weight)
+
+
+def _cpu_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return reference.rms_norm(x, weight, eps)
+
+
+def _cpu_silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    return reference.silu_mul(gate, up)
+
+
+def _cpu_rope_cache_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+) -> Tensor:
+    return reference.rope_cache_write(q, k, v, cos, sin, positions, slot_mapping, k_pages, v_pages)
+
+
+def _cpu_paged_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    softmax_scale: float,
+    sliding_window: int,
+) -> Tensor:
+    return reference.paged_attention(
+        q,
+        k_pages,
+        v_pages,
+        page_table,
+        query_starts,
+        context_lens,
+        softmax_scale=softmax_scale,
+        sliding_window=sliding_window,
+    )
+
+
+def _fake_tiled_matmul(x: Tensor, codes: Tensor, *_rest: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], codes.shape[0] * TILE_COLUMNS))
+
+
+def _fake_dense_matmul(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+def _fake_like_first(first: Tensor, *_rest: object) -> Tensor:
+    return torch.empty_like(first, memory_format=torch.contiguous_format)
+
+
+for _name, _cpu, _fake in (
+    ("exl2_matmul", _cpu_exl2_matmul, _fake_tiled_matmul),
+    ("gptq_matmul", _cpu_gptq_matmul, _fake_tiled_matmul),
+    ("dense_matmul", _cpu_dense_matmul, _fake_dense_matmul),
+    ("rms_norm", _cpu_rms_norm, _fake_like_first),
+    ("silu_mul", _cpu_silu_mul, _fake_like_first),
+    ("rope_cache_write", _cpu_rope_cache_write, _fake_like_first),
+    ("paged_attention", _cpu_paged_attention, _fake_like_first),
+):
+    _library.impl(_name, _cpu, "CPU")
+    torch.library.register_fake(f"exl2_rag::{_name}", _fake, lib=_library)
+
+exl2_matmul = torch.ops.exl2_rag.exl2_matmul.default
+gptq_matmul = torch.ops.exl2_rag.gptq_matmul.default
+dense_matmul = torch.ops.exl2_rag.dense_matmul.default
+rms_norm = torch.ops.exl2_rag.rms_norm.default
+silu_mul = torch.ops.exl2_rag.silu_mul.default
+rope_cache_write = torch.ops.exl2_rag.rope_cache_write.default
+paged_attention = torch.ops.exl2_rag.paged_attention.default

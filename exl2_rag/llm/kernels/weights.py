@@ -1,0 +1,113 @@
+"""The quantised matrices that ops multiply by, in the form they have in memory. Knows nothing of files.
+
+Both kinds keep their codes packed. Columns are cut into tiles of 32, and all rows of a tile lie together, so that
+a product walks memory from front to back; `exl2_layout.h` draws the layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+TILE_COLUMNS = 32
+"""Columns of a tile. Every quantised matrix is a whole number of tiles wide."""
+
+CHUNK_ROWS = 32
+"""Rows that are decoded together; b bits wide they fill exactly b words of a column."""
+
+EXL2_WIDTHS = (2, 3, 4, 5, 6, 8)
+"""Bits a code may have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Consecutive stored rows of one bit width that share a row of scales."""
+
+    bits: int
+    first_packed_row: int
+    rows: int
+
+
+def parse_groups(pairs: Sequence[int], packed_rows: int) -> list[Group]:
+    """The groups that a `q_groups` table describes.
+
+    Args:
+        pairs: (bits, first packed row) of each group, laid end to end, as in the file.
+        packed_rows: rows of `q_weight`; where the last group ends.
+
+    Raises:
+        ValueError: the table cannot be true; the message says in which way, without naming a layer.
+    """
+    if len(pairs) == 0 or len(pairs) % 2:
+        raise ValueError(f"q_groups must hold one (bits, first row) pair per group, it holds {len(pairs)} numbers")
+    starts = [*pairs[1::2], packed_rows]
+    groups: list[Group] = []
+    for index, bits in enumerate(pairs[0::2]):
+        start, end = starts[index], starts[index + 1]
+        if bits not in EXL2_WIDTHS:
+            raise ValueError(f"group {index} has codes of {bits} bits; EXL2 knows 2, 3, 4, 5, 6 and 8")
+        if index == 0 and start != 0:
+            raise ValueError(f"the first group starts at packed row {start} instead of 0")
+        if end <= start:
+            where = "the last packed row" if index + 1 == len(starts) - 1 else f"group {index + 1}"
+            raise ValueError(f"group {index} starts at packed row {start}, but {where} at {end}: groups overlap")
+        if (end - start) % bits:
+            raise ValueError(
+                f"group {index} has {end - start} packed rows of {bits} bits, which is no multiple of {CHUNK_ROWS} rows"
+            )
+        if groups and bits > groups[-1].bits:
+            raise ValueError(f"bit widths must not rise along the groups: {bits} follows {groups[-1].bits}")
+        groups.append(Group(bits, start, (end - start) * CHUNK_ROWS // bits))
+    return groups
+
+
+@dataclass(frozen=True, slots=True)
+class Exl2Weights:
+    """A K x N matrix of 2 to 8 bits a weight, N a multiple of 32. Made by `ops.exl2_prepare`.
+
+    Attributes:
+        codes: [N/32, R, 32] int32, R packed rows of each tile of columns.
+        scales: [N/32, G, 4] int32, a nibble (scale - 1) per group and column of the tile.
+        group_scales: [G] float16, the multiplier of each group, prescale and the division by 256 included.
+        groups: [G, 2] int32, (bits, rows) of each group.
+        perm: [K] int32, the input feature that each stored row belongs to; empty if that is the row itself.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    group_scales: Tensor
+    groups: Tensor
+    perm: Tensor
+    in_features: int
+    out_features: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in memory."""
+        return sum(part.nbytes for part in (self.codes, self.scales, self.group_scales, self.groups, self.perm))
+
+
+@dataclass(frozen=True, slots=True)
+class GptqWeights:
+    """A K x N matrix of 4-bit codes with zero points, N a multiple of 32. Made by `ops.gptq_prepare`.
+
+    Attributes:
+        codes: [N/32, K/8, 32] int32, eight rows to a word.
+        scales: [N/32, G, 32] float16, prescale included.
+        zeros: [N/32, G, 32] uint8, the zero point that is subtracted, 0 to 16.
+        row_groups: [K] int32, the group of each row.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    row_groups: Tensor
+    in_features: int
+    out_features: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in memory."""
+        return sum(part.nbytes for part in (self.codes, self.scales, self.zeros, self.row_groups))
