@@ -70,7 +70,7 @@ def unpack_nibbles(words: Tensor) -> Tensor:
 def pack_nibbles(values: Tensor) -> Tensor:
     """The inverse of `unpack_nibbles`: [..., n] integers 0 to 15, n a multiple of 8, to [..., n/8] int32."""
     shifts = torch.arange(0, 32, 4, dtype=torch.int64, device=values.device)
-    words = (values.to(torch.int64).unflatten(-1, (-1, 8)) << shifts).sum(-1)
+    words = (values.to(torch.int64).reshape(*values.shape[:-1], -1, 8) << shifts).sum(-1)
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 
 

@@ -19,7 +19,7 @@ _MAX_DECODED = 1 << 22  # weights decoded at a time: 16 MiB of float32, never th
 
 def _tiles(matrix: Tensor, tile_columns: int) -> Tensor:
     """[R, N] to [N / tile_columns, R, tile_columns]."""
-    return matrix.unflatten(1, (-1, tile_columns)).transpose(0, 1).contiguous()
+    return matrix.reshape(matrix.shape[0], -1, tile_columns).transpose(0, 1).contiguous()
 
 
 def _untile(tiles: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ def gptq_matmul(x: Tensor, weights: GptqWeights) -> Tensor:
 def dense_matmul(x: Tensor, weight: Tensor) -> Tensor:
     """x [T, K] times weight [N, K] transposed."""
     step = max(1, _MAX_DECODED // max(1, weight.shape[1]))
-    parts = [x.double() @ rows.double().T for rows in weight.split(step)]
+    parts = [x.double() @ weight[first : first + step].double().T for first in range(0, max(1, weight.shape[0]), step)]
     return torch.cat(parts, dim=1).to(torch.float32)
 
 
@@ -242,7 +242,7 @@ def paged_attention(
         _check_range("paged_attention", "page_table entries in use", pages, k_pages.shape[0])
         keys = k_pages[pages].reshape(-1, n_kv_heads, head_dim)[:context].double()
         values = v_pages[pages].reshape(-1, n_kv_heads, head_dim)[:context].double()
-        queries = q[first:last].double().unflatten(1, (n_kv_heads, repeats))
+        queries = q[first:last].double().reshape(-1, n_kv_heads, repeats, head_dim)
         scores = torch.einsum("tkrd,skd->krts", queries, keys) * softmax_scale
         query_position = torch.arange(context - (last - first), context, device=q.device)[:, None]
         key_position = torch.arange(context, device=q.device)[None, :]

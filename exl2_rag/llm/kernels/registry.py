@@ -5,13 +5,16 @@ The operators take plain tensors, so they can be traced; `ops.py` gives them the
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from exl2_rag.llm.kernels import reference
 from exl2_rag.llm.kernels.weights import TILE_COLUMNS, Exl2Weights, GptqWeights
 
-_library = torch.library.Library("exl2_rag", "DEF")
+_new_library: Any = torch.library.Library  # torch ships it without annotations
+_library = _new_library("exl2_rag", "DEF")
 _library.define(
     "exl2_matmul(Tensor x, Tensor codes, Tensor scales, Tensor group_scales, Tensor groups, Tensor perm) -> Tensor"
 )
