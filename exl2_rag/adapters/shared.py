@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from exl2_rag.llm.api import ExL2LLM
     from exl2_rag.llm.constraint import Constraint
 
+DEFAULTS = SamplingParams()
 SAMPLING_OPTIONS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
 # Options of a call that ask for what is not there yet. Ignoring them would pass off free text as obeying them.
 NOT_YET = {
@@ -77,11 +78,11 @@ class EngineAdapter(BaseModel):
 
     llm: Any = Field(default=None, exclude=True, repr=False)
     model_dir: str | Path | None = None
-    max_tokens: int | None = SamplingParams.max_tokens
-    temperature: float = SamplingParams.temperature
-    top_k: int = SamplingParams.top_k
-    top_p: float = SamplingParams.top_p
-    min_p: float = SamplingParams.min_p
+    max_tokens: int | None = DEFAULTS.max_tokens
+    temperature: float = DEFAULTS.temperature
+    top_k: int = DEFAULTS.top_k
+    top_p: float = DEFAULTS.top_p
+    min_p: float = DEFAULTS.min_p
     seed: int | None = None
     stop: list[str] | None = None
 

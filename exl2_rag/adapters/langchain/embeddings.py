@@ -1,0 +1,1 @@
+"""`ExL2Embeddings`: this package's embedder as LangChain embeddings."""
