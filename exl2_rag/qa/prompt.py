@@ -14,12 +14,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from exl2_rag.errors import RequestError, RetrievalError
-
-if TYPE_CHECKING:
-    from exl2_rag.llm.tokenizer import TextBlock
+from exl2_rag.llm.tokenizer import TextBlock
 
 PROMPT_FORM_VERSION = "1"
 
@@ -114,18 +112,16 @@ def build_messages(question: str, chunks: Sequence[PromptChunk], delimiter: str)
         RequestError: the question is empty or holds the delimiter.
         RetrievalError: a chunk holds the delimiter, which indexing should have stripped.
     """
-    from exl2_rag.llm.tokenizer import TextBlock  # the tokenizers library, only once there is something to ask
-
     if not question.strip():
         raise RequestError("expected a question, got an empty text; ask something")
-    if delimiter in question:
+    if delimiter.lower() in question.lower():
         raise RequestError(
             "the question holds the index's secret delimiter, with which it could pose as a document; leave it out"
         )
     blocks: list[TextBlock] = []
     for chunk in order_chunks(chunks):
         title = block_title(chunk.title, chunk.heading)
-        if delimiter in title or delimiter in chunk.text:
+        if delimiter.lower() in f"{title}\n{chunk.text}".lower():
             raise RetrievalError(
                 f"chunk {chunk.label} holds the index's secret delimiter, which indexing strips; index its source again"
             )
