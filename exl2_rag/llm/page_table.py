@@ -1,0 +1,375 @@
+"""Which page of the KV cache belongs to whom, and which tokens lie on it. Knows token ids and integers, no tensors.
+
+Pages form a tree. A full page has a key: BLAKE2b of its parent's key and its token ids, so a key names the whole text
+up to the page's end. The tree's root is the cache's fingerprint. Below each full page hang its children: full pages,
+and pages being filled or left partly filled, which are found by their first token.
+
+    root ── [the cat sat on] ── [the mat and slept] ── [all day]         three pages of 4 tokens, the last partly filled
+                            └── [the roof . then ]
+
+A sequence holds the pages from the root to its tail. Full pages are shared by counting holders. A page that agrees only
+in its first rows is reused by copying those rows to a page of the sequence's own, so reuse is exact to the token.
+Pages nobody holds stay in the tree until their place is needed: leaves only, least recently used first, which prunes
+the least recently used chain from its tail. `page_table_check` recomputes all books from scratch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from array import array
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+from exl2_rag.errors import CacheIntegrityError
+
+KEY_BYTES = 16
+
+
+@dataclass(slots=True)
+class Page:
+    """One page. Blank (no tokens), partly filled (no key), or full (with a key).
+
+    Attributes:
+        index: its place in the KV cache.
+        parent_key: key of the page before it; meaningless while blank.
+        key: set once all rows are filled.
+        token_ids: the tokens whose keys and values its first rows hold.
+        n_holders: how many `HeldPages` list it.
+        n_children: how many pages with tokens follow it in the tree.
+        last_used: the clock's value when it was last taken up or let go.
+    """
+
+    index: int
+    parent_key: bytes = b""
+    key: bytes | None = None
+    token_ids: list[int] = field(default_factory=list)
+    n_holders: int = 0
+    n_children: int = 0
+    last_used: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PageCopy:
+    """Copy the first `n_rows` rows of page `source` to page `target` before anything is written to either."""
+
+    source: int
+    target: int
+    n_rows: int
+
+
+@dataclass(slots=True, eq=False)
+class HeldPages:
+    """The pages one sequence (or one pin) holds, from the root on.
+
+    Attributes:
+        pages: page indices in order; the last ones may be blank.
+        keys: keys of the full ones.
+        n_tokens: tokens whose keys and values are on the pages.
+        copy: rows to copy before the first forward pass, or None.
+        pinned: held for later, not by a running sequence.
+    """
+
+    pages: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
+    n_tokens: int = 0
+    copy: PageCopy | None = None
+    pinned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixMatch:
+    """What the cache holds of a prompt: full pages, then `n_rows` rows of the page `source`.
+
+    Attributes:
+        n_tokens: all matching tokens together.
+        n_unheld: how many of the full pages nobody holds at present.
+    """
+
+    pages: tuple[int, ...]
+    keys: tuple[bytes, ...]
+    source: int | None
+    n_rows: int
+    n_tokens: int
+    n_unheld: int
+
+
+@dataclass(frozen=True, slots=True)
+class PageCounts:
+    """Pages by state. Each page is in exactly one of free, cached, running and pinned."""
+
+    free: int
+    cached: int
+    running: int
+    pinned: int
+
+
+class PageTable:
+    """Pages of `page_size` tokens, shared between sequences that begin with the same tokens.
+
+    Args:
+        n_pages: pages in the KV cache.
+        page_size: tokens on a page.
+        fingerprint: what else must agree for keys and values to be reusable (model, cache dtype, …).
+    """
+
+    def __init__(self, n_pages: int, page_size: int, fingerprint: bytes = b"") -> None:
+        if n_pages < 1 or page_size < 1:
+            raise ValueError(f"expected at least one page of one token, got {n_pages} pages of {page_size}")
+        self.page_size = page_size
+        self.root_key = hashlib.blake2b(b"page table root" + fingerprint, digest_size=KEY_BYTES).digest()
+        self.pages = [Page(index) for index in range(n_pages)]
+        self.n_evicted = 0
+        self._free = list(range(n_pages - 1, -1, -1))
+        self._by_key: dict[bytes, int] = {}
+        self._siblings: dict[tuple[bytes, int], list[int]] = {}
+        self._holds: dict[int, HeldPages] = {}
+        self._evictable: list[tuple[int, int]] = []  # heap of (last_used, index); stale entries are skipped when met
+        self._n_cached = 0
+        self._clock = 0
+
+    @property
+    def n_pages(self) -> int:
+        """Pages in all."""
+        return len(self.pages)
+
+    @property
+    def n_available(self) -> int:
+        """Pages that could be taken now: free ones, and cached ones that nobody holds."""
+        return len(self._free) + self._n_cached
+
+    def pages_for(self, n_tokens: int) -> int:
+        """How many pages `n_tokens` tokens take."""
+        return -(-n_tokens // self.page_size)
+
+    def page_key(self, parent_key: bytes, token_ids: Seq[int]) -> bytes:
+        """The key of a full page with these tokens after the page with `parent_key`."""
+        return hashlib.blake2b(parent_key + array("q", token_ids).tobytes(), digest_size=KEY_BYTES).digest()
+
+    def lookup(self, token_ids: Seq[int], limit: int) -> PrefixMatch:
+        """What is cached of the first `limit` tokens. Changes nothing."""
+        pages: list[int] = []
+        keys: list[bytes] = []
+        parent_key = self.root_key
+        for end in range(self.page_size, limit + 1, self.page_size):
+            wanted = list(token_ids[end - self.page_size : end])
+            key = self.page_key(parent_key, wanted)
+            index = self._by_key.get(key)
+            if index is None or self.pages[index].token_ids != wanted:
+                break
+            pages.append(index)
+            keys.append(key)
+            parent_key = key
+        start = len(pages) * self.page_size
+        source, n_rows = self._best_sibling(parent_key, token_ids[start : min(limit, start + self.page_size)])
+        n_unheld = sum(self.pages[index].n_holders == 0 for index in pages)
+        return PrefixMatch(tuple(pages), tuple(keys), source, n_rows, start + n_rows, n_unheld)
+
+    def hold(self, token_ids: Seq[int], limit: int) -> HeldPages:
+        """Take up what is cached of the first `limit` tokens.
+
+        The caller carries out `copy`, if there is one, before the next forward pass, in the order of the calls.
+        Partly matching rows are left out when no page is left to copy them to.
+        """
+        match = self.lookup(token_ids, limit)
+        self._clock += 1
+        held = HeldPages(pages=list(match.pages), keys=list(match.keys), n_tokens=len(match.pages) * self.page_size)
+        for index in match.pages:
+            self._add_holder(self.pages[index])
+        self._holds[id(held)] = held
+        if match.source is not None:
+            self._hold_rows(held, self.pages[match.source], match.n_rows)
+        return held
+
+    def extend(self, held: HeldPages, n_tokens: int) -> int:
+        """Take pages until `n_tokens` tokens fit, or none is left; return how many tokens fit (at most `n_tokens`)."""
+        while len(held.pages) * self.page_size < n_tokens:
+            page = self._take()
+            if page is None:
+                break
+            page.n_holders = 1
+            held.pages.append(page.index)
+        return min(n_tokens, len(held.pages) * self.page_size)
+
+    def commit(self, held: HeldPages, token_ids: Seq[int]) -> None:
+        """Say that the keys and values of the next `token_ids` now lie on the pages, which makes them shareable.
+
+        A page that turns out equal to one the tree already has is swapped for it, and its own place freed.
+        """
+        done = 0
+        while done < len(token_ids):
+            place, row = divmod(held.n_tokens, self.page_size)
+            page = self.pages[held.pages[place]]
+            rows = token_ids[done : done + self.page_size - row]
+            if row == 0:
+                self._enter(page, held.keys[-1] if held.keys else self.root_key, rows)
+            else:
+                page.token_ids.extend(rows)
+            done += len(rows)
+            held.n_tokens += len(rows)
+            if len(page.token_ids) == self.page_size:
+                self._complete(held, place, page)
+
+    def release(self, held: HeldPages) -> None:
+        """Let go of the pages. Those with tokens stay cached until their place is needed."""
+        del self._holds[id(held)]
+        self._clock += 1
+        for index in held.pages:
+            page = self.pages[index]
+            page.n_holders -= 1
+            if page.n_holders:
+                continue
+            if page.token_ids:
+                self._n_cached += 1
+                self._touch(page)
+            else:
+                self._free.append(index)
+        held.pages, held.keys, held.n_tokens, held.pinned = [], [], 0, False
+
+    def counts(self) -> PageCounts:
+        """Pages by state."""
+        pinned = {index for held in self._holds.values() if held.pinned for index in held.pages}
+        held_pages = {index for held in self._holds.values() for index in held.pages}
+        return PageCounts(len(self._free), self._n_cached, len(held_pages - pinned), len(pinned))
+
+    def _best_sibling(self, parent_key: bytes, wanted: Seq[int]) -> tuple[int | None, int]:
+        """The page after `parent_key` that agrees with `wanted` longest, and in how many rows.
+
+        Among equals one that can be taken over as it is comes first, since that spares the copy.
+        """
+        best: int | None = None
+        best_rank = (0, False)
+        if wanted:
+            for index in self._siblings.get((parent_key, wanted[0]), ()):
+                page = self.pages[index]
+                n_rows = common_prefix(page.token_ids, wanted)
+                rank = (n_rows, page.n_holders == 0 and len(page.token_ids) == n_rows)
+                if rank > best_rank:
+                    best, best_rank = index, rank
+        return best, best_rank[0]
+
+    def _hold_rows(self, held: HeldPages, source: Page, n_rows: int) -> None:
+        continues = source.n_holders == 0 and source.key is None and len(source.token_ids) == n_rows
+        target = None if continues else self._take(avoid=source)
+        if target is not None:
+            target.n_holders = 1
+            self._enter(target, source.parent_key, source.token_ids[:n_rows])
+            held.copy = PageCopy(source.index, target.index, n_rows)
+            if source.n_holders == 0:
+                self._touch(source)
+        elif continues or (source.n_holders == 0 and source.n_children == 0):
+            # Taken over where it lies: either nothing of it is lost, or it is the only page left and would be evicted.
+            self._drop_key(source)
+            del source.token_ids[n_rows:]
+            self._add_holder(source)
+            target = source
+        else:
+            return
+        held.pages.append(target.index)
+        held.n_tokens += n_rows
+
+    def _take(self, avoid: Page | None = None) -> Page | None:
+        """A blank page, evicting a cached one if need be; None when all others are held (or it is `avoid`)."""
+        if self._free:
+            return self.pages[self._free.pop()]
+        avoided: tuple[int, int] | None = None
+        taken: Page | None = None
+        while self._evictable and taken is None:
+            entry = heapq.heappop(self._evictable)
+            page = self.pages[entry[1]]
+            if not self._is_evictable(page) or page.last_used != entry[0]:
+                continue
+            if page is avoid:
+                avoided = entry
+                continue
+            self._n_cached -= 1
+            self.n_evicted += 1
+            self._forget(page)
+            taken = page
+        if avoided is not None:
+            heapq.heappush(self._evictable, avoided)
+        return taken
+
+    def _is_evictable(self, page: Page) -> bool:
+        return page.n_holders == 0 and page.n_children == 0 and bool(page.token_ids)
+
+    def _add_holder(self, page: Page) -> None:
+        if page.n_holders == 0:
+            self._n_cached -= 1
+        page.n_holders += 1
+        page.last_used = self._clock
+
+    def _touch(self, page: Page) -> None:
+        """Mark a page that nobody holds as used just now."""
+        page.last_used = self._clock
+        self._offer(page)
+
+    def _offer(self, page: Page) -> None:
+        """Put a page among those to evict, if it may be evicted."""
+        if not self._is_evictable(page):
+            return
+        heapq.heappush(self._evictable, (page.last_used, page.index))
+        if len(self._evictable) > 4 * len(self.pages) + 64:
+            self._evictable = [(page.last_used, page.index) for page in self.pages if self._is_evictable(page)]
+            heapq.heapify(self._evictable)
+
+    def _enter(self, page: Page, parent_key: bytes, token_ids: Seq[int]) -> None:
+        """Hang a blank page that has just got its first tokens into the tree."""
+        page.parent_key = parent_key
+        page.token_ids = list(token_ids)
+        self._siblings.setdefault((parent_key, page.token_ids[0]), []).append(page.index)
+        if parent_key != self.root_key:
+            self.pages[self._by_key[parent_key]].n_children += 1
+
+    def _complete(self, held: HeldPages, place: int, page: Page) -> None:
+        """Give a page whose last row was just filled its key, or swap it for an equal one."""
+        key = self.page_key(page.parent_key, page.token_ids)
+        held.keys.append(key)
+        twin_index = self._by_key.get(key)
+        if twin_index is None:
+            page.key = key
+            self._by_key[key] = page.index
+            return
+        twin = self.pages[twin_index]
+        if twin.token_ids != page.token_ids:
+            raise CacheIntegrityError(f"pages {twin.index} and {page.index} have one key but different tokens")
+        self._clock += 1
+        self._add_holder(twin)
+        held.pages[place] = twin.index
+        page.n_holders = 0
+        self._forget(page)
+        self._free.append(page.index)
+
+    def _forget(self, page: Page) -> None:
+        """Take a page out of the tree and make it blank."""
+        siblings = self._siblings[page.parent_key, page.token_ids[0]]
+        siblings.remove(page.index)
+        if not siblings:
+            del self._siblings[page.parent_key, page.token_ids[0]]
+        self._drop_key(page)
+        if page.parent_key != self.root_key:
+            parent = self.pages[self._by_key[page.parent_key]]
+            parent.n_children -= 1
+            self._offer(parent)
+        page.parent_key = b""
+        page.token_ids = []
+
+    def _drop_key(self, page: Page) -> None:
+        if page.key is not None:
+            del self._by_key[page.key]
+            page.key = None
+
+
+def common_prefix(left: Seq[int], right: Seq[int]) -> int:
+    """How many leading tokens agree."""
+    shorter = min(len(left), len(right))
+    step = 64  # whole runs are compared at C speed, the last one token by token
+    start = 0
+    while start < shorter and list(left[start : start + step]) == list(right[start : start + step]):
+        start = min(start + step, shorter)
+        if start == shorter:
+            return shorter
+    for place in range(start, min(start + step, shorter)):
+        if left[place] != right[place]:
+            return place
+    return min(start + step, shorter)
