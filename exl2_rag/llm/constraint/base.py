@@ -1,0 +1,176 @@
+"""The constraint's contract and the matcher that walks a grammar token by token.
+
+Knows llguidance and the tokenizer; knows nothing of engines, tensors or what a grammar means.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer
+
+from exl2_rag.errors import ConstraintError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from exl2_rag.llm.tokenizer import Tokenizer
+
+
+class Constraint(ABC):
+    """A set of texts, one of which the continuation must be. Immutable, and safe to share between requests."""
+
+    def validate(self, tokenizer: Tokenizer) -> None:
+        """Make sure that the constraint can be enforced in full, and that some text obeys it.
+
+        Raises:
+            ConstraintError: it is malformed, contradicts itself, or asks for what cannot be enforced.
+        """
+        self.compile(tokenizer)
+
+    def matches(self, text: str, tokenizer: Tokenizer) -> bool:
+        """Whether `text`, whole, obeys the constraint.
+
+        Raises:
+            ConstraintError: as for `validate`.
+        """
+        matcher = self.compile(tokenizer)
+        try:
+            data = text.encode()
+        except UnicodeEncodeError:  # a lone surrogate: no model can write it
+            return False
+        return matcher.accepts_bytes(data)
+
+    def compile(self, tokenizer: Tokenizer, vocab_size: int | None = None) -> ConstraintMatcher:
+        """A fresh matcher at the start of the text.
+
+        Args:
+            tokenizer: of the model that writes the text.
+            vocab_size: V, the width of the model's logits; None: the tokenizer's own.
+
+        Raises:
+            ConstraintError: as for `validate`.
+        """
+        ll_tokenizer = _ll_tokenizer(tokenizer)
+        failed, messages = LLMatcher.validate_grammar_with_warnings(self._grammar, ll_tokenizer)
+        if failed or messages:
+            raise ConstraintError(f"{self._what} cannot be enforced: {'; '.join(messages)}")
+        matcher = LLMatcher(ll_tokenizer, self._grammar, log_level=0)
+        compiled = ConstraintMatcher(matcher, ll_tokenizer, self._what, vocab_size or tokenizer.vocab_size)
+        if not (compiled.accepts_end or compiled.fill_mask().any()):
+            raise ConstraintError(f"no text obeys {self._what}: it contradicts itself")
+        return compiled
+
+    @cached_property
+    def _grammar(self) -> str:
+        return self._build_grammar()
+
+    @property
+    def _what(self) -> str:
+        """How messages name this constraint."""
+        return f"the {type(self).__name__} constraint"
+
+    @abstractmethod
+    def _build_grammar(self) -> str:
+        """The constraint in llguidance's own form. Raises ConstraintError for what it cannot express."""
+
+
+class ConstraintMatcher:
+    """One text in progress. Not thread-safe; one matcher serves one sequence.
+
+    Every method that reads or changes the state raises ConstraintError if the grammar engine gives up (a limit on its
+    work, of which a message tells).
+    """
+
+    def __init__(self, matcher: LLMatcher, ll_tokenizer: LLTokenizer, what: str, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._ll_tokenizer = ll_tokenizer
+        self._what = what
+        self._vocab_size = vocab_size
+        # The grammar engine writes whole 32-bit words for its own vocabulary; ids from there to V stay forbidden.
+        self._known = min(vocab_size, ll_tokenizer.vocab_size)
+        self._bits = np.zeros((ll_tokenizer.vocab_size + 31) // 32, dtype=np.int32)
+        self._check()
+
+    def fill_mask(self, out: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
+        """The tokens that may come next.
+
+        Args:
+            out: [V] bool, written in place and returned; None: a new array.
+
+        Returns:
+            [V] bool, True where allowed. At a possible end of the text every end-of-sequence id is allowed; past the
+            tokenizer's vocabulary nothing is.
+        """
+        if out is None:
+            out = np.empty(self._vocab_size, dtype=np.bool_)
+        self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+        self._check()
+        out[: self._known] = np.unpackbits(self._bits.view(np.uint8), count=self._known, bitorder="little")
+        out[self._known :] = False
+        return out
+
+    def advance(self, token_id: int) -> None:
+        """Take the next token.
+
+        Raises:
+            ConstraintError: the token is not allowed here; the matcher is of no use after that.
+        """
+        if not self._matcher.consume_token(token_id):
+            raise ConstraintError(f"token {token_id} is not allowed by {self._what}: {self._matcher.get_error()}")
+
+    def forced_tokens(self) -> list[int]:
+        """The tokens that must come next, as the tokenizer would write them; empty if there is a choice.
+
+        Does not take them: `advance` with each.
+        """
+        forced = self._matcher.compute_ff_tokens()
+        self._check()
+        return forced
+
+    def rollback(self, n_tokens: int) -> None:
+        """Undo the last `n_tokens` calls of `advance`."""
+        if not self._matcher.rollback(n_tokens):
+            raise ConstraintError(f"cannot go back {n_tokens} tokens in {self._what}: {self._matcher.get_error()}")
+
+    def accepts_bytes(self, data: bytes) -> bool:
+        """Whether the text so far and `data` together are a whole text. Changes the state: for a fresh matcher."""
+        tokens = self._ll_tokenizer.tokenize_bytes(data)
+        if self._ll_tokenizer.decode_bytes(tokens) != data:
+            return False  # the vocabulary cannot write it
+        return self._matcher.try_consume_tokens(tokens) == len(tokens) and self._matcher.is_accepting()
+
+    @property
+    def accepts_end(self) -> bool:
+        """Whether the text so far is a whole one."""
+        return self._matcher.is_accepting()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the text so far is a whole one and nothing but the end can follow."""
+        return self._matcher.is_stopped()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise ConstraintError(f"{self._what} cannot be enforced: {self._matcher.get_error()}")
+
+
+_ll_tokenizers: weakref.WeakKeyDictionary[Tokenizer, LLTokenizer] = weakref.WeakKeyDictionary()
+_ll_tokenizers_lock = threading.Lock()
+
+
+def _ll_tokenizer(tokenizer: Tokenizer) -> LLTokenizer:
+    """The grammar engine's view of a tokenizer; built once (up to a second for a large vocabulary), then kept."""
+    with _ll_tokenizers_lock:
+        known = _ll_tokenizers.get(tokenizer)
+        if known is None:
+            # The engine must have an end token; one past the vocabulary stands in where the model has none.
+            eos = list(tokenizer.eos_token_ids) or [tokenizer.vocab_size]
+            n_vocab = max(tokenizer.vocab_size, *(n + 1 for n in eos))
+            known = _ll_tokenizers[tokenizer] = LLTokenizer(tokenizer.to_json(), n_vocab=n_vocab, eos_token=eos)
+        return known

@@ -1,0 +1,53 @@
+"""JSON that obeys a JSON Schema.
+
+The text is compact (no whitespace between values) and properties come in the order in which the schema declares them.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from llguidance import LLMatcher
+
+from exl2_rag.errors import ConstraintError
+from exl2_rag.llm.constraint.base import Constraint
+from exl2_rag.llm.constraint.schema_check import check_schema
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+
+class JsonSchema(Constraint):
+    """The text is one JSON value that obeys a schema.
+
+    Args:
+        schema: a JSON Schema as a mapping or as JSON text, or a pydantic model class.
+
+    Raises:
+        ConstraintError: it is none of these, or no JSON.
+    """
+
+    def __init__(self, schema: Mapping[str, Any] | str | type[BaseModel]) -> None:
+        if isinstance(schema, str):
+            try:
+                schema = json.loads(schema)
+            except ValueError as error:
+                raise ConstraintError(f"the schema is not JSON: {error}") from error
+        elif isinstance(schema, type) and hasattr(schema, "model_json_schema"):
+            schema = schema.model_json_schema()
+        if not isinstance(schema, Mapping):
+            raise ConstraintError(
+                f"a schema is a mapping, the JSON text of one, or a pydantic model class; got {type(schema).__name__}"
+            )
+        self.schema: dict[str, Any] = copy.deepcopy(dict(schema))
+
+    def _build_grammar(self) -> str:
+        try:
+            text = json.dumps(self.schema, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ConstraintError(f"the schema holds something that is not JSON: {error}") from error
+        check_schema(json.loads(text))
+        return LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_flexible": False})
