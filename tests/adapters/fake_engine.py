@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from exl2_rag.adapters import langchain_runnable
 from exl2_rag.errors import ContextOverflowError
 from exl2_rag.llm.request import FinishReason, GenerationResult, SamplingParams, StreamPiece, Timings, Usage
 
@@ -40,7 +41,7 @@ class FakeEngine:
 
     pieces: Sequence[str] = ("Hello", ", ", "world")
     finish_reason: FinishReason = "stop"
-    max_seq_len: int = 1000
+    max_seq_len: int = 4000
     model_name: str = "fake-model"
     cached_tokens: int = 3
     delay_s: float = 0.0
@@ -145,6 +146,9 @@ class FakeEngine:
                 yield piece
         finally:
             self.active_requests -= 1
+
+    def __call__(self, model_input: Any) -> Any:
+        return langchain_runnable(self, model_input)  # type: ignore[arg-type]
 
     def close(self) -> None:
         self.closed = True

@@ -133,6 +133,20 @@ def test_leaving_a_stream_frees_the_request(fake: FakeEngine) -> None:
     assert fake.active_requests == 0
 
 
+async def test_a_handler_that_keeps_the_exception_does_not_keep_the_request(fake: FakeEngine) -> None:
+    recorder = Recorder()
+    model = ChatExL2(llm=fake, callbacks=[recorder])
+    stream = model.stream("Hi")
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    astream = model.astream("Hi")
+    await anext(astream)
+    await astream.aclose()  # type: ignore[attr-defined]
+    await asyncio.sleep(0.01)
+    assert len(recorder.errors) == 2
+    assert fake.active_requests == 0
+
+
 async def test_closing_an_async_stream_frees_the_request(fake: FakeEngine) -> None:
     stream = ChatExL2(llm=fake).astream("Hi")
     await anext(stream)
@@ -358,7 +372,7 @@ def test_serialising_keeps_the_engine_and_the_key_out(fake: FakeEngine) -> None:
 def test_the_profile_tells_what_the_model_takes(fake: FakeEngine) -> None:
     profile = ChatExL2(llm=fake).profile
     assert profile is not None
-    assert profile["max_input_tokens"] == 1000
+    assert profile["max_input_tokens"] == 4000
     assert profile["tool_calling"] is False
     assert profile["structured_output"] is False
 

@@ -1,0 +1,66 @@
+"""`ExL2Retriever`: this package's hybrid retrieval as a LlamaIndex retriever."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
+
+from exl2_rag.adapters.chunks import chunk_metadata, find_index
+from exl2_rag.errors import SettingsError
+
+if TYPE_CHECKING:
+    from exl2_rag.retrieval import DocumentIndex, ScoredChunk
+
+# LlamaIndex puts metadata in front of a node's text in every prompt. Only the title stays the same from question to
+# question and means something to a model; a score there would spoil prefix reuse.
+IN_PROMPT = {"title"}
+
+
+class ExL2Retriever(BaseRetriever):
+    """The best chunks of an index for a question, best first.
+
+    The metadata of a node holds `source`, `title`, `heading`, `page`, `start`, `end`, `label` and `score`.
+
+    Args:
+        index: an open `DocumentIndex`; or
+        index_dir: the directory of one.
+        k: how many chunks.
+
+    Raises:
+        SettingsError: neither or both of index and directory are given, or k is below 1.
+        RetrievalError: the index cannot be opened.
+    """
+
+    def __init__(self, index: DocumentIndex | None = None, *, index_dir: str | Path | None = None, k: int = 5) -> None:
+        from exl2_rag.retrieval import Retriever
+
+        if k < 1:
+            raise SettingsError(f"k must be at least 1, got {k}")
+        self.k = k
+        self._retriever = Retriever(find_index(index, index_dir))
+        super().__init__()
+
+    def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        return [_to_node(found) for found in self._retriever.retrieve(query_bundle.query_str, k=self.k)]
+
+    async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        return await asyncio.to_thread(self._retrieve, query_bundle)
+
+
+def _to_node(found: ScoredChunk) -> NodeWithScore:
+    chunk, metadata = found.chunk, chunk_metadata(found)
+    hidden = [key for key in metadata if key not in IN_PROMPT]
+    node = TextNode(
+        id_=chunk.chunk_id,
+        text=chunk.text,
+        start_char_idx=chunk.start,
+        end_char_idx=chunk.end,
+        metadata=metadata,
+        excluded_llm_metadata_keys=hidden,
+        excluded_embed_metadata_keys=hidden,
+    )
+    return NodeWithScore(node=node, score=found.score)
