@@ -1,0 +1,1 @@
+"""Model architectures: a table of what each does differently, and one decoder that is built from it."""
