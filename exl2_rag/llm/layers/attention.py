@@ -1,0 +1,69 @@
+"""Causal self-attention over the paged KV cache, with grouped queries and an optional sliding window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from exl2_rag.llm.forward_inputs import ForwardInputs
+from exl2_rag.llm.kernels import ops
+from exl2_rag.llm.layers.linear import Linear
+from exl2_rag.llm.layers.rotary import Rotary
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """One layer's attention. `head_dim` is D; `sliding_window` is how many keys a token sees, 0 for all."""
+
+    q_proj: Linear
+    k_proj: Linear
+    v_proj: Linear
+    o_proj: Linear
+    head_dim: int
+    softmax_scale: float
+    sliding_window: int
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of memory held."""
+        return sum(part.weight_bytes for part in (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
+
+    def __call__(self, x: Tensor, inputs: ForwardInputs, rotary: Rotary, k_pages: Tensor, v_pages: Tensor) -> Tensor:
+        """Write the new tokens' keys and values into the pages, then attend to everything up to each token.
+
+        Args:
+            x: [T, hidden_size] float32, normed.
+            inputs: where the tokens stand, and which pages their sequences have.
+            rotary: at least as many positions as any in `inputs`.
+            k_pages, v_pages: [P, PS, KH, D] of this layer; written to.
+
+        Returns:
+            [T, hidden_size] float32.
+        """
+        queries = ops.rope_cache_write(
+            self._heads(self.q_proj(x)),
+            self._heads(self.k_proj(x)),
+            self._heads(self.v_proj(x)),
+            rotary.cos,
+            rotary.sin,
+            inputs.positions,
+            inputs.slot_mapping,
+            k_pages,
+            v_pages,
+        )
+        mixed = ops.paged_attention(
+            queries,
+            k_pages,
+            v_pages,
+            inputs.page_table,
+            inputs.query_starts,
+            inputs.context_lens,
+            softmax_scale=self.softmax_scale,
+            sliding_window=self.sliding_window,
+        )
+        return self.o_proj(mixed.flatten(1))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[T, n * D] as [T, n, D], without a copy."""
+        return x.view(x.shape[0], x.shape[1] // self.head_dim, self.head_dim)

@@ -1,0 +1,28 @@
+"""The gated MLP: down(silu(gate(x)) * up(x))."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from exl2_rag.llm.kernels import ops
+from exl2_rag.llm.layers.linear import Linear
+
+
+@dataclass(frozen=True, slots=True)
+class GatedMLP:
+    """One layer's MLP."""
+
+    gate_proj: Linear
+    up_proj: Linear
+    down_proj: Linear
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of memory held."""
+        return sum(part.weight_bytes for part in (self.gate_proj, self.up_proj, self.down_proj))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, hidden_size] float32 to [T, hidden_size] float32."""
+        return self.down_proj(ops.silu_mul(self.gate_proj(x), self.up_proj(x)))

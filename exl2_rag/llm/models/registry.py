@@ -1,0 +1,114 @@
+"""Building a decoder from a model directory's config and checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from exl2_rag.errors import CheckpointError, SettingsError
+from exl2_rag.llm.checkpoint import Checkpoint
+from exl2_rag.llm.config import ModelConfig
+from exl2_rag.llm.layers.attention import Attention
+from exl2_rag.llm.layers.embedding import Embedding, load_embedding
+from exl2_rag.llm.layers.linear import DenseLinear, Linear, LinearSpec, load_linear
+from exl2_rag.llm.layers.mlp import GatedMLP
+from exl2_rag.llm.layers.norm import RMSNorm, load_norm
+from exl2_rag.llm.layers.rotary import Rotary
+from exl2_rag.llm.models import tensor_names
+from exl2_rag.llm.models.decoder import Decoder, DecoderLayer
+
+
+def load_model(
+    model_dir: Path, config: ModelConfig, checkpoint: Checkpoint, *, device: torch.device, max_seq_len: int
+) -> Decoder:
+    """Check a checkpoint against the config, then read and prepare all its weights.
+
+    Args:
+        model_dir: where both came from; named in errors.
+        config: what the model is.
+        checkpoint: its tensors.
+        device: where it will run.
+        max_seq_len: positions to be ready for; longer than the model was made for is allowed.
+
+    Raises:
+        CheckpointError: a tensor is missing, misshapen, damaged, or belongs to no part of the model.
+        SettingsError: `max_seq_len` is not positive.
+    """
+    if max_seq_len < 1:
+        raise SettingsError(f"max_seq_len must be at least 1, got {max_seq_len}")
+    loader = _Loader(config, checkpoint, device)
+    try:
+        tensor_names.check_tensors(config, checkpoint)
+        embedding = loader.embedding()
+        return Decoder(
+            config,
+            embedding=embedding,
+            layers=[loader.layer(index) for index in range(config.n_layers)],
+            norm=loader.norm(tensor_names.FINAL_NORM_KEY),
+            head=loader.head(embedding),
+            rotary=Rotary(config.rope, rotary_dim=config.head_dim, max_seq_len=max_seq_len, device=device),
+        )
+    except CheckpointError as error:
+        raise CheckpointError(f"{model_dir}: {error}") from error
+
+
+class _Loader:
+    """Reads the parts of one model."""
+
+    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, device: torch.device) -> None:
+        self._config = config
+        self._checkpoint = checkpoint
+        self._device = device
+
+    def embedding(self) -> Embedding:
+        return load_embedding(
+            self._checkpoint,
+            tensor_names.EMBEDDING_KEY,
+            vocab_size=self._config.vocab_size,
+            hidden_size=self._config.hidden_size,
+            device=self._device,
+        )
+
+    def norm(self, key: str) -> RMSNorm:
+        config = self._config
+        return load_norm(self._checkpoint, key, width=config.hidden_size, eps=config.norm_eps, device=self._device)
+
+    def linear(self, spec: LinearSpec) -> Linear:
+        return load_linear(self._checkpoint, spec, device=self._device, gptq_format=self._config.gptq_format)
+
+    def head(self, embedding: Embedding) -> Linear:
+        spec = tensor_names.head_spec(self._config, self._checkpoint)
+        if spec is None:
+            return DenseLinear(embedding.weight, None)
+        head = self.linear(spec)
+        if (
+            self._config.tied_embeddings
+            and isinstance(head, DenseLinear)
+            and torch.equal(head.weight, embedding.weight)
+        ):
+            return DenseLinear(embedding.weight, None)  # a copy in the file need not be one in memory
+        return head
+
+    def layer(self, index: int) -> DecoderLayer:
+        config = self._config
+        attention = tensor_names.attention_specs(config, index)
+        mlp = tensor_names.mlp_specs(config, index)
+        return DecoderLayer(
+            input_norm=self.norm(tensor_names.input_norm_key(index)),
+            attention=Attention(
+                q_proj=self.linear(attention["q_proj"]),
+                k_proj=self.linear(attention["k_proj"]),
+                v_proj=self.linear(attention["v_proj"]),
+                o_proj=self.linear(attention["o_proj"]),
+                head_dim=config.head_dim,
+                softmax_scale=config.softmax_scale,
+                sliding_window=config.sliding_windows[index],
+            ),
+            mlp_norm=self.norm(tensor_names.mlp_norm_key(index)),
+            mlp=GatedMLP(
+                gate_proj=self.linear(mlp["gate_proj"]),
+                up_proj=self.linear(mlp["up_proj"]),
+                down_proj=self.linear(mlp["down_proj"]),
+            ),
+        )
