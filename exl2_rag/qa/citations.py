@@ -35,9 +35,10 @@ _FOLD = {
     **dict.fromkeys(map(ord, _INVISIBLE), ""),
 }
 
-# Scripts written without spaces between words, where any character may begin or end a quote.
+# Scripts written without spaces between words, where any character may begin or end a quote. At least those in which
+# the quote constraint cuts, or a quote it allows could be refused here.
 _UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\ua4cf\uf900-\ufaff\uff00-\uffef\U0001f000-\U0010ffff]"
 )
 
 
@@ -181,6 +182,8 @@ def _inside_word(text: str, offset: int) -> bool:
     if not 0 < offset < len(text):
         return False
     before, after = text[offset - 1], text[offset]
+    if before.isspace() or after.isspace():
+        return False
     if unicodedata.combining(after):
         return True
     if _UNSPACED.match(before) or _UNSPACED.match(after):

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from exl2_rag.llm.constraint.quotes import split_at_word_borders
 from exl2_rag.qa.citations import NEAR_SCORE, normalise, verify_quote
 
 TEXT = (
@@ -167,6 +168,22 @@ def test_every_run_of_words_is_found_as_it_is_written(words: list[str], data: st
     assert found is not None
     assert found.match == "exact"
     assert text[found.start : found.end] == quote
+
+
+@settings(max_examples=300)
+@given(text=AWKWARD, data=st.data())
+@example(text="(a) x\u00b2 日本ab — \u0301z 7,000. don’t_x*", data=None)
+def test_every_quote_that_decoding_permits_is_exact(text: str, data: st.DataObject | None) -> None:
+    pieces = split_at_word_borders(text)
+    borders = [sum(map(len, pieces[:n])) for n in range(len(pieces) + 1)]
+    pairs = [(a, b) for a in borders for b in borders if a < b]
+    for start, end in pairs if data is None else [data.draw(st.sampled_from(pairs))] if pairs else []:
+        quote = text[start:end]
+        if quote.strip():
+            found = verify_quote(quote, text)
+            assert found is not None, quote
+            assert found.match == "exact"
+            assert text[found.start : found.end] == found.quote == quote.strip()
 
 
 @settings(max_examples=100)
