@@ -113,7 +113,7 @@ def content_stems(text: str) -> frozenset[str]:
 
 @lru_cache(maxsize=1)
 def _stemmer() -> Callable[[str], str]:
-    import Stemmer
+    import Stemmer  # type: ignore[import-not-found]  # compiled, without stubs
 
     stem: Callable[[str], str] = Stemmer.Stemmer("english").stemWord
     return stem

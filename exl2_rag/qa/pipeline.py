@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from exl2_rag.errors import AnswerError, ChatTemplateError, ContextOverflowError, SettingsError
 from exl2_rag.llm.request import GenerationResult, SamplingParams, Timings, Usage
+from exl2_rag.llm.tokenizer import TextBlock
 from exl2_rag.qa.answer import (
     Answer,
     AnswerTimings,
@@ -245,8 +246,6 @@ def verify_claims(
 
 def without_system_role(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same messages for a chat template that has no system role: its text becomes the user's first block."""
-    from exl2_rag.llm.tokenizer import TextBlock
-
     system, user = messages
     return [{"role": "user", "content": [TextBlock(system["content"] + "\n\n", trusted=False), *user["content"]]}]
 

@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from exl2_rag.errors import ChatTemplateError
+from exl2_rag.llm.chat_template import ChatTemplate, encode_chat
 from exl2_rag.llm.constraint import Constraint
 from exl2_rag.llm.request import GenerationResult, SamplingParams, Timings, Usage
-from exl2_rag.llm.tokenizer import TextBlock, Tokenizer
+from exl2_rag.llm.tokenizer import Tokenizer
 from exl2_rag.retrieval.document import Chunk, Document, ScoredChunk
+from tests.support.byte_tokenizer import CHAT_TEMPLATE
 
 DELIMITER = "5f0c91ab"
 
@@ -84,28 +85,18 @@ class ScriptedEngine:
         *,
         max_seq_len: int = 4096,
         model_dir: Path | None = None,
-        has_system_role: bool = True,
+        chat_template: str = CHAT_TEMPLATE,
     ) -> None:
         self.tokenizer = tokenizer
+        self.template = ChatTemplate({"default": chat_template}, variables={"bos_token": "<|bos|>"}, origin="a test")
         self.reply = reply if callable(reply) else lambda _: reply
         self.max_seq_len = max_seq_len
         self.model_dir = model_dir
-        self.has_system_role = has_system_role
         self.prompts: list[str] = []
         self.constraints: list[Constraint] = []
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        blocks = [TextBlock("<|bos|>", trusted=True)]
-        for message in messages:
-            if message["role"] == "system" and not self.has_system_role:
-                raise ChatTemplateError("this template has no system role")
-            content = message["content"]
-            blocks += [
-                TextBlock(f"<|{message['role']}|>", trusted=True),
-                *([TextBlock(content, trusted=False)] if isinstance(content, str) else content),
-                TextBlock("<|end|>", trusted=True),
-            ]
-        return self.tokenizer.encode_blocks([*blocks, TextBlock("<|assistant|>", trusted=True)])
+        return encode_chat(self.tokenizer, self.template, messages)
 
     def generate(self, prompt: Sequence[int], sampling: SamplingParams, *, constraint: Constraint) -> GenerationResult:
         self.prompts.append(self.tokenizer.decode(prompt, skip_special=False))

@@ -10,7 +10,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from exl2_rag.errors import AnswerError, ContextOverflowError, RequestError, RetrievalError, SettingsError
+from exl2_rag.errors import (
+    AnswerError,
+    ChatTemplateError,
+    ContextOverflowError,
+    RequestError,
+    RetrievalError,
+    SettingsError,
+)
 from exl2_rag.llm.tokenizer import Tokenizer
 from exl2_rag.qa.pipeline import DocumentQA
 from exl2_rag.qa.prompt import DECLINED, SYSTEM_TEXT, answer_json
@@ -171,11 +178,30 @@ def test_the_prompt_is_the_form_models_are_trained_on(tokenizer: Tokenizer) -> N
     ]
 
 
-def test_a_template_without_a_system_role_gets_the_rules_from_the_user(tokenizer: Tokenizer) -> None:
-    qa = scripted(tokenizer, DECLINED, has_system_role=False)
+@pytest.mark.parametrize(
+    "without_system",
+    [
+        "{{ raise_exception('System role not supported') }}",
+        "{# left out #}",
+    ],
+)
+def test_a_template_without_a_system_role_gets_the_rules_from_the_user(
+    tokenizer: Tokenizer, without_system: str
+) -> None:
+    template = (
+        "{{ bos_token }}{% for message in messages %}{% if message.role == 'system' %}" + without_system + "{% else %}"
+        "{{ '<|user|>' + message.content + '<|end|>' }}{% endif %}{% endfor %}<|assistant|>"
+    )
+    qa = scripted(tokenizer, DECLINED, chat_template=template)
     qa.ask("Which?")
     (prompt,) = qa.llm.prompts  # type: ignore[attr-defined]
     assert prompt.startswith(f"<|bos|><|user|>{SYSTEM_TEXT}\n\n<<{DELIMITER} d2>>")
+
+
+def test_a_chat_template_that_fails_either_way_is_an_error(tokenizer: Tokenizer) -> None:
+    qa = scripted(tokenizer, DECLINED, chat_template="{{ raise_exception('broken') }}")
+    with pytest.raises(ChatTemplateError, match="broken"):
+        qa.ask("Which?")
 
 
 @pytest.mark.parametrize(("unit", "passages"), [("span", PAGES.text), ("sentence", None)])
