@@ -2,5 +2,6 @@
 
 from exl2_rag.adapters.llama_index.model import ExL2
 from exl2_rag.adapters.llama_index.retriever import ExL2Retriever
+from exl2_rag.adapters.llama_index.synthesizer import DECLINED_TEXT, ExL2CitationSynthesizer
 
-__all__ = ["ExL2", "ExL2Retriever"]
+__all__ = ["DECLINED_TEXT", "ExL2", "ExL2CitationSynthesizer", "ExL2Retriever"]
