@@ -18,6 +18,7 @@ from torch import Tensor
 
 from exl2_rag.errors import DeviceError, DTypeError, ShapeError
 from exl2_rag.llm.kernels import reference, registry
+from exl2_rag.llm.kernels.native import native_available, set_num_threads
 from exl2_rag.llm.kernels.weights import TILE_COLUMNS, Exl2Weights, GptqWeights
 
 __all__ = [
@@ -30,9 +31,11 @@ __all__ = [
     "exl2_prepare",
     "gptq_matmul",
     "gptq_prepare",
+    "native_available",
     "paged_attention",
     "rms_norm",
     "rope_cache_write",
+    "set_num_threads",
     "silu_mul",
 ]
 

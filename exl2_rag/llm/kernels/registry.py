@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exl2_rag.llm.kernels import reference
+from exl2_rag.llm.kernels import cpu_ops, native, reference
 from exl2_rag.llm.kernels.weights import TILE_COLUMNS, Exl2Weights, GptqWeights
 
 _new_library: Any = torch.library.Library  # torch ships it without annotations
@@ -35,24 +35,39 @@ _library.define(
 def _cpu_exl2_matmul(
     x: Tensor, codes: Tensor, scales: Tensor, group_scales: Tensor, groups: Tensor, perm: Tensor
 ) -> Tensor:
+    library = native.library()
+    if library is not None:
+        return cpu_ops.exl2_matmul(library, x, codes, scales, group_scales, groups, perm)
     out_features = codes.shape[0] * TILE_COLUMNS
     return reference.exl2_matmul(x, Exl2Weights(codes, scales, group_scales, groups, perm, x.shape[1], out_features))
 
 
 def _cpu_gptq_matmul(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, row_groups: Tensor) -> Tensor:
+    library = native.library()
+    if library is not None:
+        return cpu_ops.gptq_matmul(library, x, codes, scales, zeros, row_groups)
     out_features = codes.shape[0] * TILE_COLUMNS
     return reference.gptq_matmul(x, GptqWeights(codes, scales, zeros, row_groups, x.shape[1], out_features))
 
 
 def _cpu_dense_matmul(x: Tensor, weight: Tensor) -> Tensor:
+    library = native.library()
+    if library is not None:
+        return cpu_ops.dense_matmul(library, x, weight)
     return reference.dense_matmul(x, weight)
 
 
 def _cpu_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    library = native.library()
+    if library is not None:
+        return cpu_ops.rms_norm(library, x, weight, eps)
     return reference.rms_norm(x, weight, eps)
 
 
 def _cpu_silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    library = native.library()
+    if library is not None:
+        return cpu_ops.silu_mul(library, gate, up)
     return reference.silu_mul(gate, up)
 
 
@@ -67,6 +82,9 @@ def _cpu_rope_cache_write(
     k_pages: Tensor,
     v_pages: Tensor,
 ) -> Tensor:
+    library = native.library()
+    if library is not None:
+        return cpu_ops.rope_cache_write(library, q, k, v, cos, sin, positions, slot_mapping, k_pages, v_pages)
     return reference.rope_cache_write(q, k, v, cos, sin, positions, slot_mapping, k_pages, v_pages)
 
 
@@ -80,6 +98,11 @@ def _cpu_paged_attention(
     softmax_scale: float,
     sliding_window: int,
 ) -> Tensor:
+    library = native.library()
+    if library is not None:
+        return cpu_ops.paged_attention(
+            library, q, k_pages, v_pages, page_table, query_starts, context_lens, softmax_scale, sliding_window
+        )
     return reference.paged_attention(
         q,
         k_pages,

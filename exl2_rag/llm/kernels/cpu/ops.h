@@ -1,0 +1,105 @@
+// The ops that are compiled once per level of the machine, and their arguments.
+//
+// All pointers are to contiguous memory. Ops return a Status; on anything but kOk the output is undefined.
+#pragma once
+
+#include <stdint.h>
+
+#include "thread_pool.h"
+
+namespace exl2 {
+
+enum Status : int {
+    kOk = 0,
+    kNoMemory = 1,
+    kOutOfRange = 2,  // a position, slot, page or length points outside its tensor
+};
+
+enum Dtype : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
+
+struct Exl2Matmul {
+    const float* x;                 // [rows, in]
+    int64_t rows, in, out;
+    const uint32_t* codes;          // see exl2_layout.h
+    int64_t packed_rows;
+    const uint32_t* scales;
+    const uint16_t* group_scales;
+    const int32_t* groups;
+    int64_t n_groups;
+    const int32_t* perm;            // [in], or null: stored order is input order
+    float* y;                       // [rows, out]
+};
+
+struct GptqMatmul {
+    const float* x;                 // [rows, in]
+    int64_t rows, in, out;
+    const uint32_t* codes;
+    const uint16_t* scales;
+    const uint8_t* zeros;
+    const int32_t* row_groups;      // [in]
+    int64_t n_groups;
+    float* y;                       // [rows, out]
+};
+
+struct DenseMatmul {
+    const float* x;                 // [rows, in]
+    int64_t rows, in, out;
+    const void* weight;             // [out, in] of `dtype`
+    int dtype;
+    float* y;                       // [rows, out]
+};
+
+struct RmsNorm {
+    const float* x;                 // [rows, columns]
+    const float* weight;            // [columns]
+    int64_t rows, columns;
+    float eps;
+    float* y;                       // [rows, columns]
+};
+
+struct SiluMul {
+    const float* gate;
+    const float* up;
+    int64_t count;
+    float* y;
+};
+
+struct RopeCacheWrite {
+    const float *q, *k, *v;         // [rows, heads, dim], [rows, kv_heads, dim] twice
+    const float *cos, *sin;         // [n_positions, half]
+    const int64_t *positions, *slots;
+    int64_t rows, heads, kv_heads, dim, n_positions, half, n_slots;
+    void *k_pages, *v_pages;        // [n_slots, kv_heads, dim] of `dtype`
+    int dtype;
+    float* q_rotated;               // [rows, heads, dim]
+};
+
+struct PagedAttention {
+    const float* q;                 // [rows, heads, dim]
+    const void *k_pages, *v_pages;  // [n_pages, page_size, kv_heads, dim] of `dtype`
+    int dtype;
+    const int32_t* page_table;      // [batch, table_width]
+    const int32_t* query_starts;    // [batch + 1]
+    const int32_t* context_lens;    // [batch]
+    int64_t rows, heads, kv_heads, dim, n_pages, page_size, batch, table_width;
+    float softmax_scale;
+    int64_t window;                 // 0: off
+    float* y;                       // [rows, heads, dim]
+};
+
+#define EXL2_FOR_EACH_OP(apply)                                                                                   \
+    apply(exl2_matmul, Exl2Matmul) apply(gptq_matmul, GptqMatmul) apply(dense_matmul, DenseMatmul)                \
+    apply(rms_norm, RmsNorm) apply(silu_mul, SiluMul) apply(rope_cache_write, RopeCacheWrite)                     \
+    apply(paged_attention, PagedAttention)
+
+#define EXL2_DECLARE_OP(name, Args) int name(const Args& args);
+#define EXL2_DECLARE_LEVEL(level) \
+    namespace level {             \
+    EXL2_FOR_EACH_OP(EXL2_DECLARE_OP) \
+    }
+
+EXL2_DECLARE_LEVEL(baseline)
+EXL2_DECLARE_LEVEL(avx2)
+EXL2_DECLARE_LEVEL(avx512)
+
+}  // namespace exl2

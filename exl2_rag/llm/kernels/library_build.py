@@ -1,0 +1,141 @@
+"""Compiles the C++ kernels into one shared library that links neither torch nor Python.
+
+Used two ways: imported by `native.py`, which builds at first use in a source tree; and run as a script by CMake when a
+wheel is built. It needs the standard library only, so it runs without the package installed.
+
+    python library_build.py OUTPUT [--tolerate-failure]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+SOURCE_DIR = Path(__file__).resolve().parent
+
+# Compiled once for each level of processor; the names inside are those of ops.h.
+_LEVEL_SOURCES = ("exl2_matmul", "gptq_matmul", "dense_matmul", "norm", "activation", "rotary", "attention")
+_COMMON_SOURCES = ("library", "thread_pool")
+
+# -ffp-contract=off: see simd.h. No -ffast-math anywhere: rounding to float16 and the order of sums rely on it.
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi")
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_X86_LEVELS: dict[str, tuple[str, ...]] = {
+    "baseline": (),
+    "avx2": _AVX2,
+    "avx512": (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+}
+_COMPILERS = ("c++", "g++", "clang++")
+
+
+class BuildError(Exception):
+    """The library could not be built; the message holds what the compiler said."""
+
+
+def _levels() -> dict[str, tuple[str, ...]]:
+    return _X86_LEVELS if platform.machine().lower() in ("x86_64", "amd64") else {"baseline": ()}
+
+
+def source_hash() -> str:
+    """Changes with every source, header, flag and machine type; not with the compiler."""
+    digest = hashlib.sha256()
+    digest.update(repr((_FLAGS, sorted(_levels().items()), _LEVEL_SOURCES, _COMMON_SOURCES)).encode())
+    sources = [path for path in (SOURCE_DIR / "cpu").iterdir() if path.suffix in (".cpp", ".h")]
+    for path in sorted([*sources, SOURCE_DIR / "exl2_layout.h"]):
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def find_compiler() -> list[str]:
+    """The command of the C++ compiler: $CXX if set, else the first of c++, g++ and clang++.
+
+    Raises:
+        BuildError: there is none.
+    """
+    chosen = os.environ.get("CXX")
+    if chosen:
+        command = shlex.split(chosen)
+        if not command or shutil.which(command[0]) is None:
+            raise BuildError(f"the C++ compiler named by CXX, '{chosen}', cannot be found")
+        return command
+    for name in _COMPILERS:
+        if shutil.which(name) is not None:
+            return [name]
+    raise BuildError(f"there is no C++ compiler: none of {', '.join(_COMPILERS)} is on the PATH, and CXX is not set")
+
+
+def compiler_version(compiler: list[str]) -> str:
+    """What the compiler says of itself."""
+    return _run([*compiler, "--version"])
+
+
+def build(output: Path, compiler: list[str]) -> None:
+    """Compile and link; `output` appears complete or not at all.
+
+    Raises:
+        BuildError: the compiler failed, or the directory cannot be written to.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="build-", dir=output.parent) as name:
+            linked = _compile_and_link(Path(name), compiler)
+            linked.replace(output)
+    except OSError as error:
+        raise BuildError(f"cannot write the kernel library to {output.parent}: {error}") from error
+
+
+def _compile_and_link(directory: Path, compiler: list[str]) -> Path:
+    levels = _levels()
+    defines = [f'-DEXL2_SOURCE_HASH="{source_hash()}"', *(["-DEXL2_X86_LEVELS"] if len(levels) > 1 else [])]
+    jobs = [(name, directory / f"{name}.o", defines) for name in _COMMON_SOURCES]
+    for level, flags in levels.items():
+        jobs += [(name, directory / f"{name}-{level}.o", [f"-DEXL2_LEVEL={level}", *flags]) for name in _LEVEL_SOURCES]
+
+    def compile_one(job: tuple[str, Path, list[str]]) -> None:
+        name, target, options = job
+        _run([*compiler, *_FLAGS, *options, "-c", str(SOURCE_DIR / "cpu" / f"{name}.cpp"), "-o", str(target)])
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        list(pool.map(compile_one, jobs))
+    library = directory / "library.so"
+    _run([*compiler, "-shared", "-pthread", "-o", str(library), *(str(target) for _, target, _ in jobs)])
+    return library
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    except OSError as error:
+        raise BuildError(f"{command[0]} cannot be run: {error}") from error
+    if done.returncode != 0:
+        said = (done.stderr.strip() or done.stdout.strip() or "(it said nothing)")[-4000:]
+        raise BuildError(f"the compiler failed with status {done.returncode}: {shlex.join(command)}\n{said}")
+    return done.stdout
+
+
+def main(arguments: list[str]) -> int:
+    """Build for a wheel. With --tolerate-failure the wheel is made without the library."""
+    tolerate = "--tolerate-failure" in arguments
+    outputs = [argument for argument in arguments if argument != "--tolerate-failure"]
+    if len(outputs) != 1:
+        print(__doc__, file=sys.stderr)
+        return 2
+    try:
+        build(Path(outputs[0]), find_compiler())
+    except BuildError as error:
+        print(f"exl2-rag: native kernels are left out: {error}", file=sys.stderr)
+        return 0 if tolerate else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
