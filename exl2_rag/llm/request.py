@@ -48,8 +48,9 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            raise RequestError(f'stop must be a tuple of strings, got the string {self.stop!r}; write stop=("…",)')
+        given: object = self.stop  # whatever the annotation says, a lone string is an easy mistake
+        if isinstance(given, str):
+            raise RequestError(f'stop must be a tuple of strings, got the string {given!r}; write stop=("…",)')
         object.__setattr__(self, "stop", tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         self._require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1, or None")
@@ -124,3 +125,36 @@ class StreamPiece:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     timings: Timings | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CacheReport:
+    """The state of the KV cache. Each page is free, cached (kept, but held by nobody), running or pinned.
+
+    Attributes:
+        page_size: tokens on a page.
+        size_bytes: memory of the whole cache.
+        prompt_tokens, cached_tokens: of all requests so far; cached ones were not computed again.
+        evicted_pages: cached pages whose place was needed.
+        preemptions: how often a running request had to give up its pages and wait.
+        running_requests, waiting_requests: at present.
+    """
+
+    page_size: int
+    pages: int
+    free_pages: int
+    cached_pages: int
+    running_pages: int
+    pinned_pages: int
+    size_bytes: int
+    prompt_tokens: int
+    cached_tokens: int
+    evicted_pages: int
+    preemptions: int
+    running_requests: int
+    waiting_requests: int
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of prompt tokens that came from the cache, 0 to 1."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0

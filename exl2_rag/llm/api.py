@@ -1,0 +1,478 @@
+"""`ExL2LLM`: the only place where text meets tokens. Everything below it speaks token ids."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import AsyncGenerator, Generator, Iterable, Mapping
+from collections.abc import Sequence as Seq
+from operator import index
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, cast, overload
+
+from exl2_rag.errors import ModelNotFoundError, RequestError
+from exl2_rag.llm.chat_template import ChatTemplate, Message, encode_chat
+from exl2_rag.llm.config import ModelConfig
+from exl2_rag.llm.engine_config import EngineConfig, EngineOptions, refuse_unsupported
+from exl2_rag.llm.engine_loader import load_engine
+from exl2_rag.llm.engine_thread import EngineThread
+from exl2_rag.llm.request import CacheReport, GenerationRequest, GenerationResult, SamplingParams, StreamPiece, Usage
+from exl2_rag.llm.sequence import Evaluation, Sequence
+from exl2_rag.llm.tokenizer import TextBlock, Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from exl2_rag.adapters.langchain import ChatExL2
+    from exl2_rag.adapters.llama_index import ExL2 as LlamaIndexExL2
+    from exl2_rag.llm.constraint import Constraint
+
+Prompt = str | Seq[int]
+Prompts = list[str] | list[list[int]] | tuple[str, ...] | tuple[list[int], ...]
+Tools = Seq[dict[str, Any]]
+
+
+class ExL2LLM:
+    """A language model and the engine that runs it. Safe to share between threads and event loops.
+
+    A prompt is a text or a list of token ids. Text is ordinary text: what looks like a special token in it is not read
+    as one (encode it with `llm.tokenizer.encode(text, special_tokens=True)` to have that); BOS is put in front where
+    the tokenizer says so. Chat messages go through the model's chat template.
+
+    Args:
+        model_dir: a directory with an EXL2, GPTQ 4-bit or plain safetensors model.
+        device: "auto" or "cpu".
+        max_seq_len: tokens of prompt and continuation together; default: the model's own.
+        cache_tokens: tokens of KV cache for all requests together; default: what fits a share of the free memory.
+        cache_dtype: "auto", "fp16", "bf16" or "fp32".
+        precision: "auto" or "exact".
+        max_batch_size: sequences computed together; default: 32, or what the cache allows.
+        num_threads: threads of the CPU kernels, in the whole process; default: the processors it may use.
+        page_size: tokens of a cache page; 16, 32, 64, 128 or 256.
+        max_batched_tokens: new tokens computed in one step; more is faster for long prompts, and coarser to cancel.
+        draft_model, kv_store: not available in this version.
+
+    Raises:
+        ModelError: there is no usable model; the message names the directory.
+        SettingsError: an option out of range, or one that this version does not have.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        *,
+        device: str = "auto",
+        max_seq_len: int | None = None,
+        cache_tokens: int | None = None,
+        cache_dtype: str = "auto",
+        precision: str = "auto",
+        max_batch_size: int | None = None,
+        num_threads: int | None = None,
+        page_size: int | None = None,
+        max_batched_tokens: int | None = None,
+        draft_model: str | Path | None = None,
+        kv_store: str | Path | None = None,
+    ) -> None:
+        refuse_unsupported(draft_model=draft_model, kv_store=kv_store)
+        options = EngineOptions(
+            device=device,
+            max_seq_len=max_seq_len,
+            cache_tokens=cache_tokens,
+            cache_dtype=cache_dtype,
+            precision=precision,
+            max_batch_size=max_batch_size,
+            num_threads=num_threads,
+            page_size=page_size,
+            max_batched_tokens=max_batched_tokens,
+        )
+        self.model_dir = Path(model_dir).expanduser()
+        if not self.model_dir.is_dir():
+            raise ModelNotFoundError(
+                f"expected a model directory, found none at {self.model_dir}; download the model first, and give the "
+                "directory that holds its config.json"
+            )
+        loaded = load_engine(self.model_dir, options)
+        self.tokenizer: Tokenizer = loaded.tokenizer
+        self.config: ModelConfig = loaded.config
+        self._template = ChatTemplate.from_dir(self.model_dir)
+        self._engine = loaded.engine
+        self._thread = EngineThread(loaded.engine)
+        self._finalizer = weakref.finalize(self, self._thread.close)
+
+    # --- about the model -------------------------------------------------------------------------------------------
+
+    @property
+    def model_name(self) -> str:
+        """The name of the model's directory."""
+        return self.model_dir.resolve().name
+
+    @property
+    def engine_config(self) -> EngineConfig:
+        """The options with all defaults filled in."""
+        return self._engine.config
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens of prompt and continuation together, at most."""
+        return self._engine.config.sequence_limit
+
+    @property
+    def active_requests(self) -> int:
+        """Requests that run now. One that has finished, failed or been cancelled holds nothing."""
+        return self._thread.active_requests
+
+    # --- text ------------------------------------------------------------------------------------------------------
+
+    @overload
+    def generate(
+        self, prompt: Prompt, sampling: SamplingParams | None = None, *, constraint: Constraint | None = None
+    ) -> GenerationResult: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompts,
+        sampling: SamplingParams | None = None,
+        *,
+        constraint: Constraint | None = None,
+    ) -> list[GenerationResult]: ...
+
+    def generate(
+        self,
+        prompt: Prompt | Prompts,
+        sampling: SamplingParams | None = None,
+        *,
+        constraint: Constraint | None = None,
+    ) -> GenerationResult | list[GenerationResult]:
+        """Continue a prompt, or several as one batch in which shared prefixes are computed once.
+
+        Raises:
+            RequestError: a prompt or parameter that can never run (ContextOverflowError, ConstraintError).
+            EngineError: the engine could not finish it.
+        """
+        prompts, is_batch = _as_batch(prompt)
+        sequences = [self._sequence(self._encode(one), sampling, constraint) for one in prompts]
+        results = [_result(pieces) for pieces in self._thread.run_together(sequences)]
+        return results if is_batch else results[0]
+
+    def stream(
+        self, prompt: Prompt, sampling: SamplingParams | None = None, *, constraint: Constraint | None = None
+    ) -> Generator[StreamPiece, None, None]:
+        """Continue a prompt piece by piece. Closing the generator cancels the request.
+
+        Raises:
+            RequestError: at once, before the first piece is asked for.
+            EngineError: from the generator.
+        """
+        return self._stream(self._sequence(self._encode(prompt), sampling, constraint))
+
+    @overload
+    async def agenerate(
+        self, prompt: Prompt, sampling: SamplingParams | None = None, *, constraint: Constraint | None = None
+    ) -> GenerationResult: ...
+
+    @overload
+    async def agenerate(
+        self,
+        prompt: Prompts,
+        sampling: SamplingParams | None = None,
+        *,
+        constraint: Constraint | None = None,
+    ) -> list[GenerationResult]: ...
+
+    async def agenerate(
+        self,
+        prompt: Prompt | Prompts,
+        sampling: SamplingParams | None = None,
+        *,
+        constraint: Constraint | None = None,
+    ) -> GenerationResult | list[GenerationResult]:
+        """`generate` for a coroutine. Cancelling the task cancels the requests."""
+        prompts, is_batch = _as_batch(prompt)
+        # In a thread: encoding and compiling take long enough to hold up the loop.
+        sequences = await asyncio.to_thread(
+            lambda: [self._sequence(self._encode(one), sampling, constraint) for one in prompts]
+        )
+        results = await self._gather(sequences)
+        return results if is_batch else results[0]
+
+    async def astream(
+        self, prompt: Prompt, sampling: SamplingParams | None = None, *, constraint: Constraint | None = None
+    ) -> AsyncGenerator[StreamPiece, None]:
+        """`stream` for a coroutine: `async for piece in llm.astream(prompt)`. Errors come from the generator."""
+        sequence = await asyncio.to_thread(lambda: self._sequence(self._encode(prompt), sampling, constraint))
+        pieces = self._thread.astream(sequence)
+        try:
+            async for piece in pieces:
+                yield piece
+        finally:
+            await pieces.aclose()
+
+    # --- chat ------------------------------------------------------------------------------------------------------
+
+    def chat(
+        self,
+        messages: Seq[Message],
+        sampling: SamplingParams | None = None,
+        *,
+        tools: Tools | None = None,
+        constraint: Constraint | None = None,
+    ) -> GenerationResult:
+        """The assistant's next message.
+
+        Args:
+            messages: mappings with "role" and "content"; a content may also be a sequence of `TextBlock`.
+            tools: function descriptions, handed to the chat template.
+
+        Raises:
+            ChatTemplateError: the model has no chat template, or it refuses the messages.
+            RequestError, EngineError: as for `generate`.
+        """
+        return self.generate(self.encode_chat(messages, tools=tools), sampling, constraint=constraint)
+
+    def stream_chat(
+        self,
+        messages: Seq[Message],
+        sampling: SamplingParams | None = None,
+        *,
+        tools: Tools | None = None,
+        constraint: Constraint | None = None,
+    ) -> Generator[StreamPiece, None, None]:
+        """`chat` piece by piece. Closing the generator cancels the request."""
+        return self.stream(self.encode_chat(messages, tools=tools), sampling, constraint=constraint)
+
+    async def achat(
+        self,
+        messages: Seq[Message],
+        sampling: SamplingParams | None = None,
+        *,
+        tools: Tools | None = None,
+        constraint: Constraint | None = None,
+    ) -> GenerationResult:
+        """`chat` for a coroutine. Cancelling the task cancels the request."""
+        prompt = await asyncio.to_thread(lambda: self.encode_chat(messages, tools=tools))
+        return await self.agenerate(prompt, sampling, constraint=constraint)
+
+    async def astream_chat(
+        self,
+        messages: Seq[Message],
+        sampling: SamplingParams | None = None,
+        *,
+        tools: Tools | None = None,
+        constraint: Constraint | None = None,
+    ) -> AsyncGenerator[StreamPiece, None]:
+        """`stream_chat` for a coroutine: `async for piece in llm.astream_chat(messages)`."""
+        prompt = await asyncio.to_thread(lambda: self.encode_chat(messages, tools=tools))
+        pieces = self.astream(prompt, sampling, constraint=constraint)
+        try:
+            async for piece in pieces:
+                yield piece
+        finally:
+            await pieces.aclose()
+
+    def encode_chat(
+        self,
+        messages: Seq[Message],
+        *,
+        tools: Tools | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> list[int]:
+        """The prompt of a chat as token ids.
+
+        Args:
+            add_generation_prompt: end with the head of the assistant's turn.
+            variables: further variables of the model's chat template, such as `enable_thinking`.
+
+        Raises:
+            ChatTemplateError, RequestError: as for `chat`.
+        """
+        return encode_chat(self.tokenizer, self._template, messages, tools, add_generation_prompt, **variables)
+
+    # --- the cache -------------------------------------------------------------------------------------------------
+
+    def warm(self, prompt: Prompt | Seq[Message]) -> Usage:
+        """Compute a prompt, or the beginning of a chat, so that later requests find it in the cache.
+
+        Returns:
+            Its token count, and how many of them were there already.
+        """
+        return self._compute(self._engine.prepare_prompt(self._encode_prefix(prompt)))
+
+    def pin(self, prompt: Prompt | Seq[Message]) -> Pin:
+        """`warm`, and keep the pages until the returned pin is released or the engine is closed."""
+        sequence = self._engine.prepare_prompt(self._encode_prefix(prompt), keep_pages=True)
+        self._compute(sequence)
+        return Pin(self._thread, self._engine, sequence)
+
+    def cache_report(self) -> CacheReport:
+        """The state of the KV cache between two steps."""
+        return self._thread.call(self._engine.report)
+
+    # --- evaluation ------------------------------------------------------------------------------------------------
+
+    def logits(self, token_ids: Seq[int]) -> Tensor:
+        """Logits after each token: float32 [T, V], unnormalised, on the CPU. Every token is computed anew."""
+        return self._logits(tuple(token_ids), first_row=0)
+
+    def score(self, prompt: Prompt, continuation: Prompt) -> list[float]:
+        """The natural logarithm of the probability of each token of `continuation` after `prompt`."""
+        head = self._encode(prompt)
+        tail = self._encode_continuation(continuation) if isinstance(continuation, str) else tuple(continuation)
+        if not tail:
+            raise RequestError("expected a continuation of at least one token, got none")
+        rows = self._logits(head + tail, first_row=len(head) - 1)[:-1]
+        chosen = rows.double().log_softmax(dim=-1)
+        return [float(chosen[place, token]) for place, token in enumerate(tail)]
+
+    # --- end of life -----------------------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._thread.is_closed
+
+    def close(self) -> None:
+        """Stop the engine. Requests in progress fail with EngineClosedError. May be called again."""
+        self._thread.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"ExL2LLM({str(self.model_dir)!r})"
+
+    # --- frameworks ------------------------------------------------------------------------------------------------
+
+    def as_langchain(self, **options: Any) -> ChatExL2:
+        """A LangChain chat model that shares this engine; `options` are keywords of `ChatExL2`."""
+        from exl2_rag.adapters import as_langchain
+
+        return as_langchain(self, **options)
+
+    def as_llama_index(self, **options: Any) -> LlamaIndexExL2:
+        """A LlamaIndex model that shares this engine; `options` are keywords of its `ExL2`."""
+        from exl2_rag.adapters import as_llama_index
+
+        return as_llama_index(self, **options)
+
+    def __call__(self, model_input: Any) -> ChatExL2:
+        """For LangChain pipes: `prompt | llm | parser` calls this and runs the chat model it gets."""
+        from exl2_rag.adapters import langchain_runnable
+
+        return langchain_runnable(self, model_input)
+
+    # --- inside ----------------------------------------------------------------------------------------------------
+
+    def _sequence(
+        self, token_ids: tuple[int, ...], sampling: SamplingParams | None, constraint: Constraint | None
+    ) -> Sequence:
+        return self._engine.prepare(GenerationRequest(token_ids, sampling or SamplingParams(), constraint))
+
+    def _stream(self, sequence: Sequence) -> Generator[StreamPiece, None, None]:
+        yield from self._thread.stream(sequence)  # a frame of our own, so that the engine outlives the stream
+
+    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            return tuple(self.tokenizer.encode(prompt, add_bos=self.tokenizer.adds_bos))
+        return _token_ids(prompt)
+
+    def _encode_prefix(self, prompt: Prompt | Seq[Message]) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            return self._encode(prompt)
+        if any(isinstance(one, Mapping) for one in prompt):
+            return tuple(self.encode_chat(cast(Seq[Message], prompt), add_generation_prompt=False))
+        return _token_ids(prompt)
+
+    def _encode_continuation(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text that stands after another: without BOS, and without a space put before it."""
+        head = TextBlock("a", trusted=False)
+        n_head = len(self.tokenizer.encode_blocks([head]))
+        return tuple(self.tokenizer.encode_blocks([head, TextBlock(text, trusted=False)])[n_head:])
+
+    def _compute(self, sequence: Sequence) -> Usage:
+        return _result(self._thread.run_together([sequence])[0]).usage
+
+    def _logits(self, token_ids: tuple[int, ...], *, first_row: int) -> Tensor:
+        import torch
+
+        slices: list[Tensor] = []
+        evaluation = Evaluation(first_row, lambda _start, rows: slices.append(rows.cpu()))
+        self._compute(self._engine.prepare_prompt(token_ids, evaluation=evaluation))
+        return torch.cat(slices)
+
+    async def _gather(self, sequences: Iterable[Sequence]) -> list[GenerationResult]:
+        async def one(sequence: Sequence) -> GenerationResult:
+            return _result([piece async for piece in self._thread.astream(sequence)])
+
+        tasks = [asyncio.ensure_future(one(sequence)) for sequence in sequences]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class Pin:
+    """Pages that stay in the cache until `release`. Also a context manager."""
+
+    def __init__(self, thread: EngineThread, engine: Any, sequence: Sequence) -> None:
+        self._thread = thread
+        self._engine = engine
+        self._sequence = sequence
+        self.n_tokens = sequence.n_prompt
+
+    def release(self) -> None:
+        """Let the pages go; they stay cached as long as there is room. Harmless when done before, or after close()."""
+        if not self._thread.is_closed:
+            self._thread.call(lambda: self._engine.unpin(self._sequence))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def _as_batch(prompt: Prompt | Prompts) -> tuple[list[Prompt], bool]:
+    """The prompts, and whether several were given (one in a list counts as several)."""
+    if isinstance(prompt, str):
+        return [prompt], False
+    if len(prompt) == 0:
+        raise RequestError("expected a prompt or a list of prompts, got an empty list")
+    if hasattr(prompt[0], "__index__"):
+        return [_token_ids(prompt)], False
+    return [one if isinstance(one, str) else _token_ids(one) for one in prompt], True
+
+
+def _token_ids(prompt: Any) -> tuple[int, ...]:
+    """Token ids given by the caller, checked to be whole numbers (numpy's are, too)."""
+    try:
+        return tuple(map(index, prompt))
+    except TypeError as error:
+        raise RequestError(
+            f"expected a text, a list of token ids or a list of such prompts; got {prompt!r:.80} ({error})"
+        ) from error
+
+
+def _result(pieces: list[StreamPiece]) -> GenerationResult:
+    last = pieces[-1]
+    assert last.finish_reason is not None
+    assert last.usage is not None
+    assert last.timings is not None
+    return GenerationResult(
+        text="".join(piece.text for piece in pieces),
+        token_ids=tuple(token_id for piece in pieces for token_id in piece.token_ids),
+        finish_reason=last.finish_reason,
+        usage=last.usage,
+        timings=last.timings,
+    )

@@ -1,0 +1,369 @@
+"""The engine: requests in, pieces of text out, one step at a time. Synchronous and single-threaded.
+
+A step plans (scheduler), computes (model runner), and samples. What goes wrong with one request (its constraint, its
+logits, its text) ends that request alone. `prepare` may be called from any thread; everything else from one.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from exl2_rag.errors import ContextOverflowError, EngineError, Exl2RagError, RequestError
+from exl2_rag.llm.engine_config import EngineConfig
+from exl2_rag.llm.model_runner import ModelRunner
+from exl2_rag.llm.output_text import OutputText, TokenDecoder
+from exl2_rag.llm.page_table import PageTable
+from exl2_rag.llm.page_table_check import check_integrity
+from exl2_rag.llm.request import CacheReport, FinishReason, GenerationRequest, SamplingParams, StreamPiece
+from exl2_rag.llm.sampler import Draw, sample
+from exl2_rag.llm.scheduler import Scheduler, Slice
+from exl2_rag.llm.sequence import Evaluation, Sequence
+
+if TYPE_CHECKING:
+    from exl2_rag.llm.constraint import ConstraintMatcher
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """News of one sequence: a piece, the last of which has a finish reason, or the error that ended it."""
+
+    sequence: Sequence
+    piece: StreamPiece | None = None
+    error: Exl2RagError | None = None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the sequence has ended."""
+        return self.error is not None or (self.piece is not None and self.piece.finish_reason is not None)
+
+
+class TextTools(Protocol):
+    """What the engine needs to turn tokens into text and constraints into masks."""
+
+    def decoder(self, prompt: tuple[int, ...]) -> TokenDecoder:
+        """A fresh decoder for what follows the prompt."""
+        ...
+
+    def matcher(self, request: GenerationRequest) -> ConstraintMatcher | None:
+        """A fresh matcher of the request's constraint. Raises ConstraintError if it cannot be enforced."""
+        ...
+
+
+class Engine:
+    """Runs many requests over one model and one KV cache.
+
+    Args:
+        runner: the model and its cache.
+        config: sizes and limits; the cache must have its pages.
+        text: makes decoders and matchers.
+        vocab_size: V, the width of the logits; prompts must stay below.
+        eos_token_ids: ids that end a text, unless a request says otherwise.
+        fingerprint: what the contents of the cache depend on beside the tokens.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        config: EngineConfig,
+        text: TextTools,
+        *,
+        vocab_size: int,
+        eos_token_ids: Iterable[int] = (),
+        fingerprint: bytes = b"",
+    ) -> None:
+        self.config = config
+        self._runner = runner
+        self._text = text
+        self._vocab_size = vocab_size
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._fingerprint = fingerprint
+        self._scheduler = self._fresh_scheduler()
+        self._n_prompt_tokens = 0
+        self._n_cached_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._scheduler.running or self._scheduler.waiting)
+
+    def prepare(self, request: GenerationRequest) -> Sequence:
+        """Check a request and make what it needs, without queueing it. Safe from any thread.
+
+        Raises:
+            ContextOverflowError: the prompt leaves no room for a new token.
+            RequestError: the prompt is empty or holds ids outside the vocabulary.
+            ConstraintError: the constraint cannot be enforced.
+        """
+        sampling = request.sampling
+        self._check_prompt(request.token_ids, n_new=1)
+        room = self.config.sequence_limit - len(request.token_ids)
+        stop_ids = frozenset(sampling.stop_token_ids)
+        # A constraint allows an end-of-sequence id only where its text is complete; nothing can follow it then.
+        if request.constraint is not None or not sampling.ignore_eos:
+            stop_ids |= self._eos_token_ids
+        return Sequence(
+            request.token_ids,
+            max_new_tokens=room if sampling.max_tokens is None else min(room, sampling.max_tokens),
+            sampling=sampling,
+            seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
+            output=OutputText(self._text.decoder(request.token_ids), sampling.stop),
+            stop_token_ids=stop_ids,
+            matcher=self._text.matcher(request),
+        )
+
+    def prepare_prompt(
+        self, token_ids: tuple[int, ...], *, keep_pages: bool = False, evaluation: Evaluation | None = None
+    ) -> Sequence:
+        """A sequence that only computes its prompt: to warm the cache, to pin it, or to read logits.
+
+        Raises:
+            ContextOverflowError, RequestError: as for `prepare`.
+        """
+        self._check_prompt(token_ids, n_new=0)
+        return Sequence(
+            token_ids, max_new_tokens=0, sampling=SamplingParams(), evaluation=evaluation, keep_pages=keep_pages
+        )
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a prepared sequence.
+
+        Raises:
+            ConstraintError: its constraint gives up.
+        """
+        if sequence.matcher is not None:
+            # What must come first needs no sampling; the last token is left to be sampled, to end the text properly.
+            self._append_forced(sequence, at_most=sequence.max_new_tokens - 1)
+        self._scheduler.add(sequence)
+
+    def abort(self, sequence: Sequence) -> None:
+        """Cancel a sequence, queued or running; its pages are free at once. Harmless when it has ended."""
+        self._scheduler.remove(sequence)
+
+    def unpin(self, sequence: Sequence) -> None:
+        """Let go of the pages that a sequence with `keep_pages` kept. Harmless when that has happened already."""
+        self._scheduler.unpin(sequence)
+
+    def step(self) -> list[Update]:
+        """Run one step and say what is new.
+
+        Raises:
+            Exception: anything that concerns all sequences; then `reset` is due.
+        """
+        plan = self._scheduler.plan()
+        updates = [Update(sequence, error=error) for sequence, error in plan.failures]
+        self._runner.copy_rows(plan.copies)
+        if not plan.slices:
+            return updates
+        rows = self._runner.run(plan.slices)
+        self._scheduler.complete(plan)
+        to_sample: list[tuple[Sequence, Tensor]] = []
+        for one, logits in zip(plan.slices, rows, strict=True):
+            if one.sequence.max_new_tokens > 0:
+                if one.reaches_end:
+                    to_sample.append((one.sequence, logits))
+            elif update := self._advance_prompt(one, logits):
+                updates.append(update)
+        return updates + self._advance_text(to_sample)
+
+    def reset(self) -> None:
+        """Forget all sequences and the whole cache, after a step that failed as a whole."""
+        self._scheduler.forget_all()
+        self._scheduler = self._fresh_scheduler()
+
+    def report(self) -> CacheReport:
+        """The state of the cache."""
+        table = self._scheduler.table
+        counts = table.counts()
+        return CacheReport(
+            page_size=table.page_size,
+            pages=table.n_pages,
+            free_pages=counts.free,
+            cached_pages=counts.cached,
+            running_pages=counts.running,
+            pinned_pages=counts.pinned,
+            size_bytes=self._runner.cache.size_bytes,
+            prompt_tokens=self._n_prompt_tokens,
+            cached_tokens=self._n_cached_tokens,
+            evicted_pages=table.n_evicted,
+            preemptions=self._scheduler.n_preemptions,
+            running_requests=len(self._scheduler.running),
+            waiting_requests=len(self._scheduler.waiting),
+        )
+
+    def check_integrity(self) -> None:
+        """Recompute the books of the cache from scratch and compare.
+
+        Raises:
+            CacheIntegrityError: they contradict each other.
+        """
+        check_integrity(self._scheduler.table)
+
+    def _fresh_scheduler(self) -> Scheduler:
+        table = PageTable(self.config.n_pages, self.config.page_size, self._fingerprint)
+        return Scheduler(table, self.config)
+
+    def _check_prompt(self, token_ids: tuple[int, ...], *, n_new: int) -> None:
+        if not token_ids:
+            raise RequestError("expected a prompt of at least one token, got none; give some text")
+        wrong = next((one for one in token_ids if not 0 <= one < self._vocab_size), None)
+        if wrong is not None:
+            raise RequestError(f"token ids must be from 0 to {self._vocab_size - 1}, got {wrong}")
+        limit = self.config.sequence_limit
+        if len(token_ids) + n_new > limit:
+            of_what = "max_seq_len" if limit == self.config.max_seq_len else "cache_tokens"
+            room = ", the new token included" if n_new else ""
+            raise ContextOverflowError(
+                f"the prompt has {len(token_ids)} tokens, the limit is {limit} ({of_what}){room}; "
+                f"shorten the prompt or give a larger {of_what}",
+                prompt_tokens=len(token_ids),
+                limit_tokens=limit,
+            )
+
+    def _advance_prompt(self, one: Slice, logits: Tensor) -> Update | None:
+        """Hand on the logits of a sequence that only computes its prompt, and end it when that is done."""
+        sequence = one.sequence
+        if sequence.evaluation is not None and logits.shape[0]:
+            receive, first = sequence.evaluation.receive, one.start + one.n_tokens - logits.shape[0]
+            error = _failure(lambda: receive(first, logits))
+            if error is not None:
+                return self._fail(sequence, error)
+        if not one.reaches_end:
+            return None
+        sequence.mark_progress()
+        return self._finish(sequence, "stop")
+
+    def _advance_text(self, ready: list[tuple[Sequence, Tensor]]) -> list[Update]:
+        """Sample the next token of each sequence whose logits are there; say what is new."""
+        updates: list[Update] = []
+        draws: list[Draw] = []
+        drawn: list[tuple[Sequence, Tensor]] = []
+        for sequence, logits in ready:
+            sequence.mark_progress()
+            if sequence.finish_reason is None and sequence.matcher is not None and sequence.matcher.is_finished:
+                sequence.finish_reason = "stop"
+            if sequence.finish_reason is not None:  # by tokens that were forced before the first step
+                updates.append(self._finish(sequence, sequence.finish_reason))
+                continue
+            try:
+                allowed = None if sequence.matcher is None else sequence.matcher.fill_mask()
+            except Exception as error:
+                updates.append(self._fail(sequence, error))
+                continue
+            draws.append(Draw(sequence.sampling, sequence.seed, sequence.n_new, allowed))
+            drawn.append((sequence, logits))
+        for (sequence, _), token in zip(drawn, _sample_each([row for _, row in drawn], draws), strict=True):
+            update = self._fail(sequence, token) if isinstance(token, Exception) else self._take(sequence, token)
+            if update is not None:
+                updates.append(update)
+        return updates
+
+    def _take(self, sequence: Sequence, token_id: int) -> Update | None:
+        """Append a sampled token, and what a constraint forces after it."""
+
+        def take() -> None:
+            self._append(sequence, token_id)
+            self._append_forced(sequence, at_most=sequence.max_new_tokens)
+
+        error = _failure(take)
+        if error is not None:
+            return self._fail(sequence, error)
+        if sequence.finish_reason is not None:
+            return self._finish(sequence, sequence.finish_reason)
+        piece = self._piece(sequence)
+        return None if piece is None else Update(sequence, piece)
+
+    def _append(self, sequence: Sequence, token_id: int) -> None:
+        """Add one token to the continuation, and set the finish reason if it is the last."""
+        assert sequence.output is not None
+        sequence.token_ids.append(token_id)
+        if token_id in sequence.stop_token_ids:
+            sequence.finish_reason = "stop"
+            return
+        if sequence.matcher is not None:
+            sequence.matcher.advance(token_id)
+        if sequence.output.push(token_id) or (sequence.matcher is not None and sequence.matcher.is_finished):
+            sequence.finish_reason = "stop"
+        elif sequence.n_new >= sequence.max_new_tokens:
+            sequence.finish_reason = "length"
+
+    def _append_forced(self, sequence: Sequence, *, at_most: int) -> None:
+        """Add the tokens that the constraint leaves no choice about, up to `at_most` new tokens in all."""
+        if sequence.matcher is None or sequence.finish_reason is not None:
+            return
+        for token_id in sequence.matcher.forced_tokens():
+            if sequence.n_new >= at_most or sequence.finish_reason is not None:
+                return
+            self._append(sequence, token_id)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> Update:
+        sequence.finish_reason = reason
+        try:
+            piece = self._piece(sequence)
+        except Exception as error:
+            return self._fail(sequence, error)
+        if sequence.keep_pages:
+            self._scheduler.pin(sequence)
+        else:
+            self._scheduler.remove(sequence)
+        self._n_prompt_tokens += sequence.n_prompt
+        self._n_cached_tokens += sequence.n_cached_tokens or 0
+        return Update(sequence, piece)
+
+    def _fail(self, sequence: Sequence, error: Exception) -> Update:
+        self._scheduler.remove(sequence)
+        return Update(sequence, error=as_engine_error(error, "this request failed"))
+
+    def _piece(self, sequence: Sequence) -> StreamPiece | None:
+        """What has not been handed out yet; None if nothing can be."""
+        is_last = sequence.finish_reason is not None
+        text = ""
+        if sequence.output is not None:
+            if is_last:
+                sequence.output.finish()
+            text = sequence.output.take()
+        if not (text or is_last):
+            return None
+        token_ids = tuple(sequence.token_ids[sequence.n_prompt + sequence.n_handed_out :])
+        sequence.n_handed_out += len(token_ids)
+        if not is_last:
+            return StreamPiece(text, token_ids)
+        return StreamPiece(text, token_ids, sequence.finish_reason, sequence.usage(), sequence.timings())
+
+
+def as_engine_error(error: BaseException, what: str) -> Exl2RagError:
+    """Our own errors as they are, any other wrapped, so that callers have one tree to catch."""
+    if isinstance(error, Exl2RagError):
+        return error
+    wrapped = EngineError(f"{what}: {type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped
+
+
+def _failure(action: Callable[[], object]) -> Exception | None:
+    try:
+        action()
+    except Exception as error:
+        return error
+    return None
+
+
+def _sample_each(rows: list[Tensor], draws: list[Draw]) -> list[int] | list[int | Exception]:
+    """One token, or what went wrong, for each row [1, V]. All rows at once, and one by one only if that fails."""
+    if not rows:
+        return []
+    try:
+        return sample(torch.cat(rows), draws)
+    except Exception:
+        results: list[int | Exception] = []
+        for row, draw in zip(rows, draws, strict=True):
+            try:
+                results.append(sample(row, [draw])[0])
+            except Exception as error:
+                results.append(error)
+        return results

@@ -1,0 +1,216 @@
+"""How an engine is run: the options of `ExL2LLM`, checked, with every default filled in. Knows no torch.
+
+An option this version does not have yet is refused by name; nothing is quietly replaced by something else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from exl2_rag.errors import SettingsError
+
+CACHE_DTYPE_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
+QUANTISED_CACHE_DTYPES = ("q8", "q6", "q4")
+
+DEFAULT_PAGE_SIZE = 32
+DEFAULT_BATCH_SIZE = 32
+DEFAULT_BATCHED_TOKENS = 512
+# Prefill beside running decodes is kept short, so that nobody waits long for the next token.
+DEFAULT_PREFILL_BESIDE_DECODE = 128
+
+CACHE_MEMORY_SHARE = 0.25  # of the memory that is free when the engine starts
+CACHE_MEMORY_CAP_BYTES = 8 * 2**30
+ASSUMED_FREE_BYTES = 4 * 2**30  # where the system does not say
+# "auto" keeps keys and values in fp32 where that costs next to nothing, or where the weights are fp32 themselves.
+CHEAP_FP32_BYTES_PER_TOKEN = 16 * 2**10
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What the caller asked for; None is "choose for me". Names and meanings are those of `ExL2LLM`."""
+
+    device: str = "auto"
+    max_seq_len: int | None = None
+    cache_tokens: int | None = None
+    cache_dtype: str = "auto"
+    precision: str = "auto"
+    max_batch_size: int | None = None
+    num_threads: int | None = None
+    page_size: int | None = None
+    max_batched_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What the defaults depend on.
+
+    Attributes:
+        max_seq_len: tokens the model was made for.
+        cache_elements_per_token: numbers in the cache for one token: 2 * layers * key/value heads * head dim.
+        fp32_weights: the checkpoint's plain weights are float32.
+    """
+
+    max_seq_len: int
+    cache_elements_per_token: int
+    fp32_weights: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Everything the engine needs to know beside the model. All sizes in tokens unless named otherwise.
+
+    Attributes:
+        max_seq_len: prompt and continuation together.
+        n_pages, page_size: the KV cache.
+        max_batch_size: sequences computed together.
+        max_batched_tokens: new tokens of all sequences in one step.
+        prefill_beside_decode: prefill tokens in a step in which other sequences decode.
+    """
+
+    max_seq_len: int
+    n_pages: int
+    page_size: int
+    max_batch_size: int
+    device: str = "cpu"
+    cache_dtype: str = "fp32"
+    precision: str = "exact"
+    max_batched_tokens: int = DEFAULT_BATCHED_TOKENS
+    prefill_beside_decode: int = DEFAULT_PREFILL_BESIDE_DECODE
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens of KV cache for all sequences together."""
+        return self.n_pages * self.page_size
+
+    @property
+    def sequence_limit(self) -> int:
+        """Tokens a sequence can have at most: what the model takes and the cache holds."""
+        return min(self.max_seq_len, self.cache_tokens)
+
+
+def resolve(options: EngineOptions, shape: ModelShape, *, free_bytes: int | None = None) -> EngineConfig:
+    """Check the options and fill in what was left open.
+
+    Args:
+        free_bytes: memory to choose the cache's size by; None asks the system.
+
+    Raises:
+        SettingsError: an option out of range, or one that this version does not have.
+    """
+    device = _device(options.device)
+    precision = _precision(options.precision)
+    max_seq_len = shape.max_seq_len if options.max_seq_len is None else options.max_seq_len
+    _require(
+        2 <= max_seq_len <= shape.max_seq_len, "max_seq_len", f"from 2 to the model's {shape.max_seq_len}", max_seq_len
+    )
+    page_size = DEFAULT_PAGE_SIZE if options.page_size is None else options.page_size
+    _require(page_size in (16, 32, 64, 128, 256), "page_size", "16, 32, 64, 128 or 256", page_size)
+    cache_dtype = _cache_dtype(options.cache_dtype, shape)
+    wanted_batch = DEFAULT_BATCH_SIZE if options.max_batch_size is None else options.max_batch_size
+    _require(wanted_batch >= 1, "max_batch_size", "at least 1", wanted_batch)
+    if options.cache_tokens is None:
+        free = available_memory_bytes() if free_bytes is None else free_bytes
+        budget = min(int(free * CACHE_MEMORY_SHARE), CACHE_MEMORY_CAP_BYTES)
+        fitting = budget // (shape.cache_elements_per_token * CACHE_DTYPE_BYTES[cache_dtype])
+        # One page more than the longest sequence fills, so that it can share a page and copy its rows besides.
+        n_pages = min(-(-max_seq_len // page_size) * wanted_batch + 1, fitting // page_size)
+        _require(n_pages >= 1, "cache_tokens", "given, since too little memory is free to choose it", None)
+    else:
+        _require(options.cache_tokens >= 1, "cache_tokens", "at least 1", options.cache_tokens)
+        n_pages = -(-options.cache_tokens // page_size)
+    max_batch_size = min(wanted_batch, n_pages) if options.max_batch_size is None else wanted_batch
+    batched = options.max_batched_tokens
+    if batched is None:
+        batched = max(DEFAULT_BATCHED_TOKENS, max_batch_size + DEFAULT_PREFILL_BESIDE_DECODE)
+    least = max_batch_size + 16
+    _require(batched >= least, "max_batched_tokens", f"at least {least} (max_batch_size + 16)", batched)
+    if options.num_threads is not None:
+        _require(options.num_threads >= 1, "num_threads", "at least 1", options.num_threads)
+    return EngineConfig(
+        max_seq_len=max_seq_len,
+        n_pages=n_pages,
+        page_size=page_size,
+        max_batch_size=max_batch_size,
+        device=device,
+        cache_dtype=cache_dtype,
+        precision=precision,
+        max_batched_tokens=batched,
+        prefill_beside_decode=min(DEFAULT_PREFILL_BESIDE_DECODE, batched),
+    )
+
+
+def refuse_unsupported(*, draft_model: object = None, kv_store: object = None) -> None:
+    """Refuse options that exist by name but not yet in fact.
+
+    Raises:
+        SettingsError: one of them is set.
+    """
+    if draft_model is not None:
+        raise SettingsError(
+            f"draft_model={draft_model!r}: speculative decoding is not available in this version; leave it at None"
+        )
+    if kv_store is not None:
+        raise SettingsError(
+            f"kv_store={kv_store!r}: a KV cache that survives a restart is not available in this version; leave it at "
+            "None (prefixes are reused as long as the engine lives)"
+        )
+
+
+def available_memory_bytes() -> int:
+    """Memory this process could still take, as far as the system tells (Linux: cgroup limits count)."""
+    found = [value for value in (_meminfo_available(), _cgroup_available()) if value is not None]
+    return min(found) if found else ASSUMED_FREE_BYTES
+
+
+def _meminfo_available() -> int | None:
+    path = Path("/proc/meminfo")
+    if not path.is_file():
+        return None
+    for line in path.read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _cgroup_available() -> int | None:
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if not (limit.is_file() and used.is_file()):
+        return None
+    text = limit.read_text(encoding="ascii").strip()
+    return None if text == "max" else max(0, int(text) - int(used.read_text(encoding="ascii")))
+
+
+def _device(device: str) -> str:
+    if device in ("auto", "cpu"):
+        return "cpu"
+    if device == "cuda" or device.startswith("cuda:"):
+        raise SettingsError(f"device={device!r}: GPU kernels are not available in this version; use 'cpu' or 'auto'")
+    raise SettingsError(f"device must be 'auto' or 'cpu', got {device!r}")
+
+
+def _precision(precision: str) -> str:
+    if precision in ("auto", "exact"):
+        return "exact"
+    if precision == "fast":
+        raise SettingsError("precision='fast' is not available in this version; use 'exact' or 'auto'")
+    raise SettingsError(f"precision must be 'auto' or 'exact', got {precision!r}")
+
+
+def _cache_dtype(cache_dtype: str, shape: ModelShape) -> str:
+    if cache_dtype == "auto":
+        is_cheap = shape.cache_elements_per_token * 4 <= CHEAP_FP32_BYTES_PER_TOKEN
+        return "fp32" if shape.fp32_weights or is_cheap else "fp16"
+    if cache_dtype in CACHE_DTYPE_BYTES:
+        return cache_dtype
+    known = ", ".join(f"'{name}'" for name in ("auto", *CACHE_DTYPE_BYTES))
+    if cache_dtype in QUANTISED_CACHE_DTYPES:
+        raise SettingsError(
+            f"cache_dtype={cache_dtype!r}: a quantised KV cache is not available in this version; use one of: {known}"
+        )
+    raise SettingsError(f"cache_dtype must be one of: {known}, got {cache_dtype!r}")
+
+
+def _require(holds: bool, name: str, expected: str, got: object) -> None:
+    if not holds:
+        raise SettingsError(f"{name} must be {expected}, got {got!r}")

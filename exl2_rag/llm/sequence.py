@@ -1,0 +1,134 @@
+"""A request in progress: its tokens so far, the pages it holds, its text. No torch.
+
+Between steps a sequence has computed the keys and values of its first `n_computed` tokens. The rest, `n_pending`, is
+what the next forward passes are for: a whole prompt at first, one token while decoding, a few when a constraint forced
+tokens, everything again after a preemption.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from exl2_rag.llm.output_text import OutputText
+from exl2_rag.llm.page_table import HeldPages
+from exl2_rag.llm.request import FinishReason, SamplingParams, Timings, Usage
+
+if TYPE_CHECKING:
+    from exl2_rag.llm.constraint import ConstraintMatcher
+
+
+class State(Enum):
+    """Where a sequence is. A new or preempted one waits; an ended one never comes back."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Asks for the logits of a prompt's tokens instead of a continuation.
+
+    Attributes:
+        first_row: logits are wanted of this position and all after it.
+        receive: called with the position of the first row and the logits [rows, V] of one slice, slice by slice.
+    """
+
+    first_row: int
+    receive: Callable[[int, Any], None]
+
+
+class Sequence:
+    """One request in progress.
+
+    Args:
+        token_ids: the prompt.
+        max_new_tokens: tokens to add at most; 0 only computes the prompt.
+        output: its text; None for a sequence without a continuation.
+        stop_token_ids: ids that end it.
+        matcher: the state of its constraint, or None.
+        evaluation: logits that are wanted, or None.
+        keep_pages: the pages are pinned when the prompt is computed, instead of let go.
+    """
+
+    def __init__(
+        self,
+        token_ids: tuple[int, ...],
+        *,
+        max_new_tokens: int,
+        sampling: SamplingParams,
+        seed: int = 0,
+        output: OutputText | None = None,
+        stop_token_ids: frozenset[int] = frozenset(),
+        matcher: ConstraintMatcher | None = None,
+        evaluation: Evaluation | None = None,
+        keep_pages: bool = False,
+    ) -> None:
+        self.token_ids = list(token_ids)
+        self.n_prompt = len(token_ids)
+        self.max_new_tokens = max_new_tokens
+        self.sampling = sampling
+        self.seed = seed
+        self.output = output
+        self.stop_token_ids = stop_token_ids
+        self.matcher = matcher
+        self.evaluation = evaluation
+        self.keep_pages = keep_pages
+
+        self.state = State.WAITING
+        self.arrival = -1  # place in the order of arrival, given by the scheduler
+        self.held: HeldPages | None = None
+        self.is_decoding = False  # its prompt is computed; set again to False by a preemption
+        self.n_cached_tokens: int | None = None  # of the prompt, when it was first admitted
+        self.finish_reason: FinishReason | None = None
+        self.n_handed_out = 0  # new tokens that left in a `StreamPiece`
+        self._created = time.perf_counter()
+        self._admitted: float | None = None
+        self._first_token: float | None = None
+
+    @property
+    def n_computed(self) -> int:
+        """Tokens whose keys and values are in the cache."""
+        return self.held.n_tokens if self.held is not None else 0
+
+    @property
+    def n_pending(self) -> int:
+        """Tokens still to be computed."""
+        return len(self.token_ids) - self.n_computed
+
+    @property
+    def n_new(self) -> int:
+        """Tokens added to the prompt."""
+        return len(self.token_ids) - self.n_prompt
+
+    @property
+    def reuse_limit(self) -> int:
+        """How many leading tokens may come from the cache; what follows must be computed for its logits."""
+        last = len(self.token_ids) - 1
+        return last if self.evaluation is None else min(last, self.evaluation.first_row)
+
+    def mark_admitted(self, n_cached: int) -> None:
+        """Note what the cache gave, the first time only: what a preempted sequence finds again was its own."""
+        if self.n_cached_tokens is None:
+            self.n_cached_tokens = n_cached
+            self._admitted = time.perf_counter()
+
+    def mark_progress(self) -> None:
+        """Note that the first token, or whatever else was asked for, is there."""
+        if self._first_token is None:
+            self._first_token = time.perf_counter()
+
+    def usage(self) -> Usage:
+        """Token counts so far."""
+        return Usage(self.n_prompt, self.n_cached_tokens or 0, self.n_new)
+
+    def timings(self) -> Timings:
+        """Seconds since the request was made; a time that has not come yet is the present."""
+        now = time.perf_counter()
+        admitted = now if self._admitted is None else self._admitted
+        first = now if self._first_token is None else self._first_token
+        return Timings(admitted - self._created, first - self._created, now - self._created)
