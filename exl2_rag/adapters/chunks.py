@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from exl2_rag.errors import SettingsError
 
 if TYPE_CHECKING:
-    from exl2_rag.retrieval import DocumentIndex, ScoredChunk
+    from exl2_rag.retrieval import DocumentIndex
+    from exl2_rag.retrieval.document import ScoredChunk
 
 
 def chunk_metadata(found: ScoredChunk) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from exl2_rag.adapters import langchain_runnable
-from exl2_rag.errors import ContextOverflowError
+from exl2_rag.errors import ChatTemplateError, ContextOverflowError
 from exl2_rag.llm.request import FinishReason, GenerationResult, SamplingParams, StreamPiece, Timings, Usage
 
 TIMINGS = Timings(queued_s=0.0, first_token_s=0.1, total_s=0.2)
@@ -80,6 +80,8 @@ class FakeEngine:
     # The interface of ExL2LLM.
 
     def encode_chat(self, messages: Any) -> list[int]:
+        if not self.has_chat_template:
+            raise ChatTemplateError("this model has no chat template")
         return [ord(letter) for m in messages for letter in f"<{m['role']}>{m['content']}"]
 
     def generate(self, prompt: Any, sampling: SamplingParams | None = None, *, constraint: Any = None) -> Any:

@@ -24,6 +24,7 @@ from exl2_rag.adapters.llama_index.messages import raw_of, to_chat_messages, to_
 from exl2_rag.adapters.llama_index.refusals import WithoutTools
 from exl2_rag.adapters.llama_index.streams import aparts, closes_async_streams, closes_streams, parts
 from exl2_rag.adapters.shared import CallOptions, EngineAdapter
+from exl2_rag.errors import ChatTemplateError
 from exl2_rag.llm.request import GenerationResult
 
 
@@ -139,10 +140,19 @@ class ExL2(EngineAdapter, WithoutTools):
 
     def _text_prompt(self, prompt: str, formatted: bool) -> str | None:
         """The text to continue, or None if the prompt shall go through the chat template."""
-        if formatted or not self.engine.has_chat_template:
+        if formatted:
             return prompt
         to_prompt = self.completion_to_prompt
-        return None if to_prompt is None or to_prompt is default_completion_to_prompt else to_prompt(prompt)
+        if to_prompt is not None and to_prompt is not default_completion_to_prompt:
+            return to_prompt(prompt)
+        return None if self._takes_chat() else prompt
+
+    def _takes_chat(self) -> bool:
+        try:
+            self.engine.encode_chat(_user("x"))
+        except ChatTemplateError:
+            return False
+        return True
 
 
 def _user(prompt: str) -> list[dict[str, Any]]:

@@ -13,7 +13,8 @@ from exl2_rag.adapters.chunks import chunk_metadata, find_index
 from exl2_rag.errors import SettingsError
 
 if TYPE_CHECKING:
-    from exl2_rag.retrieval import DocumentIndex, ScoredChunk
+    from exl2_rag.retrieval import DocumentIndex
+    from exl2_rag.retrieval.document import ScoredChunk
 
 # LlamaIndex puts metadata in front of a node's text in every prompt. Only the title stays the same from question to
 # question and means something to a model; a score there would spoil prefix reuse.
