@@ -99,8 +99,8 @@ class Answer:
         rejected: what the model claimed with quotes that no shown document holds.
         truncated: the reply was cut off at max_tokens. Claims that were complete by then stand, verified like any
             other; what came after is missing.
-        failure: why the reply could not be read, empty if it could; then there are no claims. Only `ask_many` returns
-            such an answer; `ask` raises AnswerError.
+        failure: why there is no reply, or why it could not be read; empty if all went well. Only `ask_many` returns
+            an answer with a failure; `ask` raises the error.
         retrieved: all retrieved chunks, best first.
         usage: token counts; `usage.cached_tokens` of the prompt were not computed again.
         timings: seconds.

@@ -17,7 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from exl2_rag.errors import AnswerError, ChatTemplateError, ContextOverflowError, SettingsError
+from exl2_rag.errors import (
+    AnswerError,
+    ChatTemplateError,
+    ContextOverflowError,
+    EngineClosedError,
+    Exl2RagError,
+    SettingsError,
+)
 from exl2_rag.llm.request import GenerationResult, SamplingParams, Timings, Usage
 from exl2_rag.llm.tokenizer import TextBlock
 from exl2_rag.qa.answer import (
@@ -42,6 +49,9 @@ if TYPE_CHECKING:
     from exl2_rag.llm.constraint import AnswerWithQuotes
     from exl2_rag.retrieval.index import DocumentIndex
     from exl2_rag.retrieval.retriever import Retriever
+
+MAX_CALLS_AT_ONCE = 64
+"""Calls of one `ask_many` that wait on the engine together; more than an engine usually runs at once."""
 
 
 class DocumentQA:
@@ -91,8 +101,8 @@ class DocumentQA:
         """Answer several questions at once; the engine computes them as one batch and their shared documents once.
 
         Returns:
-            The answers in the order of the questions. A reply that cannot be read gives an answer with `failure` set,
-            so that it does not take the others with it.
+            The answers in the order of the questions. A request that fails, or a reply that cannot be read, gives an
+            answer with `failure` set, so that it does not take the others with it.
 
         Raises:
             RequestError, ContextOverflowError: as `ask`, before anything is generated.
@@ -101,12 +111,12 @@ class DocumentQA:
             raise SettingsError("ask_many takes a list of questions, got one text; use ask, or put it into a list")
         prepared = [self._prepare(question, k) for question in questions]
         asked = [one for one in prepared if one.shown]
-        results: list[GenerationResult] = []
+        results: dict[int, GenerationResult | Exl2RagError] = {}
         if asked:
-            with ThreadPoolExecutor(max_workers=len(asked), thread_name_prefix="ask-many") as pool:
-                results = list(pool.map(self._generate, asked))
-        by_prepared = dict(zip(map(id, asked), results, strict=True))
-        return [self._finish(one, by_prepared.get(id(one))) for one in prepared]
+            # A request has its own constraint, so each is its own call; the engine joins them to one batch.
+            with ThreadPoolExecutor(min(len(asked), MAX_CALLS_AT_ONCE), thread_name_prefix="ask-many") as pool:
+                results = dict(zip(map(id, asked), pool.map(self._try_to_generate, asked), strict=True))
+        return [self._finish(one, results.get(id(one))) for one in prepared]
 
     def _prepare(self, question: str, k: int | None) -> _Prepared:
         started = time.perf_counter()
@@ -170,14 +180,25 @@ class DocumentQA:
     def _generate(self, prepared: _Prepared) -> GenerationResult:
         return self.llm.generate(prepared.token_ids, self._sampling(), constraint=self._constraint(prepared.shown))
 
-    def _finish(self, prepared: _Prepared, result: GenerationResult | None) -> Answer:
-        """Read the reply and verify it. `result` is None if there was nothing to show to the model."""
+    def _try_to_generate(self, prepared: _Prepared) -> GenerationResult | Exl2RagError:
+        try:
+            return self._generate(prepared)
+        except EngineClosedError:
+            raise  # not this question's own trouble
+        except Exl2RagError as error:
+            return error
+
+    def _finish(self, prepared: _Prepared, outcome: GenerationResult | Exl2RagError | None) -> Answer:
+        """Read the reply and verify it. `outcome` is None if there was nothing to show to the model."""
+        result = outcome if isinstance(outcome, GenerationResult) else None
         reply, failure = Reply(answerable=False, claims=()), ""
         if result is not None:
             try:
                 reply = parse_reply(result.text, cut_off=result.finish_reason == "length")
             except AnswerError as error:
                 failure = str(error)
+        elif outcome is not None:
+            failure = str(outcome)
         claims, rejected = verify_claims(reply.claims, prepared.shown)
         usage = result.usage if result else Usage(0, 0, 0)
         timings = result.timings if result else Timings(0.0, 0.0, 0.0)

@@ -14,6 +14,7 @@ from exl2_rag.errors import (
     AnswerError,
     ChatTemplateError,
     ContextOverflowError,
+    EngineError,
     RequestError,
     RetrievalError,
     SettingsError,
@@ -346,3 +347,15 @@ def test_under_the_constraint_even_noise_quotes_word_for_word(
         citation = claim.citation
         assert citation.match == "exact"
         assert texts[int(citation.label[1:])][citation.start : citation.end] == citation.quote
+
+
+def test_a_request_that_fails_does_not_take_the_others_with_it(tokenizer: Tokenizer) -> None:
+    def reply(question: str) -> str:
+        if question == "q1":
+            raise EngineError("out of luck")
+        return DECLINED
+
+    qa = scripted(tokenizer, reply)
+    assert [answer.failure for answer in qa.ask_many(["q0", "q1", "q2"])] == ["", "out of luck", ""]
+    with pytest.raises(EngineError, match="out of luck"):
+        qa.ask("q1")
