@@ -1,0 +1,127 @@
+"""A model that remembers: its next token is a hash of every token it reads through the pages of its cache.
+
+A page that is missing, stale, another sequence's or out of order changes everything that follows, so a test on its
+output sees any mistake in paging. What it should say is computed by `expected_tokens` from the tokens alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from exl2_rag.llm.engine import Engine
+from exl2_rag.llm.engine_config import EngineConfig
+from exl2_rag.llm.forward_inputs import ForwardInputs
+from exl2_rag.llm.kv_cache import KVCache
+from exl2_rag.llm.model_runner import ModelRunner
+from exl2_rag.llm.output_text import TokenDecoder
+from exl2_rag.llm.request import GenerationRequest
+
+VOCAB = 97
+EOS = 0
+
+
+def toy_logits(token_ids: Sequence[int]) -> Tensor:
+    """[V] logits after these tokens."""
+    digest = hashlib.blake2b(repr(list(token_ids)).encode(), digest_size=8).digest()
+    return torch.randn(VOCAB, generator=torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)) * 2
+
+
+def expected_tokens(prompt: Sequence[int], n_new: int) -> list[int]:
+    """The greedy continuation, end-of-sequence ignored."""
+    tokens = list(prompt)
+    for _ in range(n_new):
+        tokens.append(int(toy_logits(tokens).argmax()))
+    return tokens[len(prompt) :]
+
+
+class ToyModel:
+    """Keeps in the cache what it was given, as a real model does: token and position of each row."""
+
+    def __init__(self) -> None:
+        self.n_steps = 0
+        self.n_computed = 0  # tokens, over all steps
+        self.largest_step = 0
+        self.fail_next: Exception | None = None
+        self.nan_after: int | None = None  # a sequence whose last token this is gets logits of NaN
+
+    def forward(self, inputs: ForwardInputs, cache: KVCache) -> Tensor:
+        if self.fail_next is not None:
+            error, self.fail_next = self.fail_next, None
+            raise error
+        n_tokens = len(inputs.token_ids)
+        self.n_steps += 1
+        self.n_computed += n_tokens
+        self.largest_step = max(self.largest_step, n_tokens)
+        assert len(set(inputs.slot_mapping.tolist())) == n_tokens, "two tokens were to be written to one row"
+        tokens, positions = cache.k_pages[0].flatten(0, 1)[:, 0, 0], cache.v_pages[0].flatten(0, 1)[:, 0, 0]
+        tokens[inputs.slot_mapping] = inputs.token_ids.float()
+        positions[inputs.slot_mapping] = inputs.positions.float()
+        logits = [self._row(inputs, cache, row) for row in inputs.logit_rows.tolist()]
+        return torch.stack(logits) if logits else torch.empty(0, VOCAB)
+
+    def _row(self, inputs: ForwardInputs, cache: KVCache, row: int) -> Tensor:
+        sequence = int((inputs.query_starts <= row).sum()) - 1
+        length = int(inputs.positions[row]) + 1
+        assert length <= int(inputs.context_lens[sequence])
+        pages = inputs.page_table[sequence, : -(-length // cache.page_size)].long()
+        assert (pages >= 0).all()
+        read = cache.k_pages[0][pages, :, 0, 0].flatten()[:length]
+        positions = cache.v_pages[0][pages, :, 0, 0].flatten()[:length]
+        assert positions.tolist() == list(range(length)), "rows out of place"
+        if self.nan_after is not None and int(read[-1]) == self.nan_after:
+            return torch.full((VOCAB,), torch.nan)
+        return toy_logits([int(token) for token in read])
+
+
+class ToyDecoder:
+    """Token n is the character after "A" by n."""
+
+    def push(self, token_id: int) -> str:
+        return chr(ord("A") + token_id)
+
+    def flush(self) -> str:
+        return ""
+
+
+class ToyText:
+    """Decoders and matchers for the toy vocabulary; a request's constraint makes its own matcher."""
+
+    def decoder(self, prompt: tuple[int, ...]) -> TokenDecoder:
+        return ToyDecoder()
+
+    def matcher(self, request: GenerationRequest):
+        return None if request.constraint is None else request.constraint.compile(None, VOCAB)
+
+
+def toy_text(token_ids: Sequence[int]) -> str:
+    return "".join(ToyDecoder().push(token_id) for token_id in token_ids)
+
+
+def toy_engine(model: ToyModel | None = None, **sizes: int) -> Engine:
+    """An engine over the toy model; `sizes` are fields of `EngineConfig`."""
+    config = EngineConfig(
+        **{
+            "max_seq_len": 256,
+            "n_pages": 64,
+            "page_size": 4,
+            "max_batch_size": 8,
+            "max_batched_tokens": 32,
+            "prefill_beside_decode": 16,
+            **sizes,
+        }
+    )
+    cache = KVCache(
+        n_layers=1,
+        n_pages=config.n_pages,
+        page_size=config.page_size,
+        n_kv_heads=1,
+        head_dim=1,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    runner = ModelRunner(model or ToyModel(), cache, torch.device("cpu"))
+    return Engine(runner, config, ToyText(), vocab_size=VOCAB, eos_token_ids=[EOS])
