@@ -89,7 +89,7 @@ def _decide() -> None:
     mode = os.environ.get("EXL2_RAG_KERNELS") or "auto"
     if mode not in ("auto", "native", "reference"):
         raise SettingsError(f"EXL2_RAG_KERNELS must be 'native', 'reference' or 'auto', it is '{mode}'")
-    threads = _state.num_threads or _default_num_threads()
+    threads = _state.num_threads or default_num_threads()
     if mode == "reference":
         return
     try:
@@ -107,7 +107,8 @@ def _decide() -> None:
     _state.library = loaded
 
 
-def _default_num_threads() -> int:
+def default_num_threads() -> int:
+    """What EXL2_RAG_NUM_THREADS says, else the processors this process may use."""
     text = os.environ.get("EXL2_RAG_NUM_THREADS")
     if text:
         if not text.isdecimal() or int(text) < 1:

@@ -18,8 +18,9 @@ _MAX_DECODED = 1 << 22  # weights decoded at a time: 16 MiB of float32, never th
 
 
 def _tiles(matrix: Tensor, tile_columns: int) -> Tensor:
-    """[R, N] to [N / tile_columns, R, tile_columns]."""
-    return matrix.reshape(matrix.shape[0], -1, tile_columns).transpose(0, 1).contiguous()
+    """[R, N] to [N / tile_columns, R, tile_columns], in memory of its own even where nothing moves."""
+    tiles = matrix.reshape(matrix.shape[0], -1, tile_columns).transpose(0, 1)
+    return tiles.clone(memory_format=torch.contiguous_format)
 
 
 def _untile(tiles: Tensor) -> Tensor:
