@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from exl2_rag.errors import EngineClosedError, RequestCancelledError
+from exl2_rag.errors import EngineClosedError
 from exl2_rag.llm.api import ExL2LLM
 from exl2_rag.qa.pipeline import DocumentQA
 from exl2_rag.qa.settings import QASettings
@@ -52,7 +52,7 @@ def test_the_next_question_finds_everything_up_to_itself_in_the_cache(llm: ExL2L
     second = qa.ask("Who barks?")
     n_second = len("Who barks?") + len(["<|end|>", "<|assistant|>"])
     assert second.usage.cached_tokens >= second.usage.prompt_tokens - n_second
-    assert first.usage.prompt_tokens > 500  # a long prompt, of which only the question was computed again
+    assert first.usage.prompt_tokens > 10 * n_second  # a long prompt, of which only the question was computed again
 
 
 def test_answers_of_a_batch_are_those_given_one_by_one(llm: ExL2LLM) -> None:
@@ -73,16 +73,24 @@ def test_a_reply_cut_off_at_max_tokens_is_marked(llm: ExL2LLM) -> None:
         assert not answer.answerable
 
 
-async def test_async_questions_run_together_and_a_cancelled_one_frees_its_place(llm: ExL2LLM) -> None:
+async def test_async_questions_get_the_answers_of_sync_ones(llm: ExL2LLM) -> None:
     qa = qa_over(llm, QASettings(max_tokens=64))
-    tasks = [asyncio.ensure_future(qa.aask(question)) for question in ("What is a page?", "Who barks?", "Why?")]
-    victim = asyncio.ensure_future(qa_over(llm, replace(WARM, max_tokens=2000, max_text_chars=2000)).aask("Long?"))
-    await asyncio.sleep(0.05)
-    victim.cancel()
-    answers = await asyncio.gather(*tasks)
-    with pytest.raises((asyncio.CancelledError, RequestCancelledError)):
-        await victim
-    assert [answer.raw for answer in answers] == [qa.ask(answer.question).raw for answer in answers]
+    questions = ["What is a page?", "Who barks?", "Why?"]
+    answers = await asyncio.gather(*map(qa.aask, questions))
+    assert [answer.raw for answer in answers] == [qa.ask(question).raw for question in questions]
+
+
+async def test_a_cancelled_question_frees_its_place(llm: ExL2LLM) -> None:
+    long = QASettings(max_tokens=2000, max_text_chars=2000)
+    short = qa_over(llm, replace(long, max_tokens=100))
+    answers = short.ask_many([f"Question {n}?" for n in range(20)])
+    question = next(answer.question for answer in answers if answer.truncated)  # one with a long reply
+    task = asyncio.ensure_future(qa_over(llm, long).aask(question))
+    while llm.active_requests == 0:
+        await asyncio.sleep(0.001)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
     assert llm.active_requests == 0
 
 
