@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from exl2_rag.errors import ConstraintError
 
@@ -21,9 +21,23 @@ if TYPE_CHECKING:
 
     from exl2_rag.llm.tokenizer import Tokenizer
 
+# Tokens that lie wholly within one of these classes are allowed or not as one, which spares walking the vocabulary
+# inside JSON strings. They are the ones that every string of ours may hold: narrower than the engine's own, which take
+# in U+2028 and so would help no text that is to be a single line.
+_SLICES = [
+    r"[\x20\x0A\x0D\x09]+",
+    *(rf'[^"\\\x00-\x1F\x7F-\x9F\u2028\u2029]{times}' for times in ("{1,10}", "{1,30}", "+")),
+]
+
 
 class Constraint(ABC):
-    """A set of texts, one of which the continuation must be. Immutable, and safe to share between requests."""
+    """A set of texts, one of which the continuation must be. Immutable, and safe to share between requests.
+
+    The grammar is built and checked once per tokenizer, at the first `validate`, `matches` or `compile`.
+    """
+
+    # Whether to work out beforehand which tokens fit the grammar's large expressions. Pays when most will be met.
+    _precompute = True
 
     def validate(self, tokenizer: Tokenizer) -> None:
         """Make sure that the constraint can be enforced in full, and that some text obeys it.
@@ -57,14 +71,26 @@ class Constraint(ABC):
             ConstraintError: as for `validate`.
         """
         ll_tokenizer = _ll_tokenizer(tokenizer)
-        failed, messages = LLMatcher.validate_grammar_with_warnings(self._grammar, ll_tokenizer)
-        if failed or messages:
+        with _lock:
+            made = _made.setdefault(self, weakref.WeakKeyDictionary()).get(tokenizer)
+        if made is None:
+            made = self._make(ll_tokenizer)
+            with _lock:
+                _made[self][tokenizer] = made
+        return ConstraintMatcher(made.deep_copy(), ll_tokenizer, self._what, vocab_size or tokenizer.vocab_size)
+
+    def _make(self, ll_tokenizer: LLTokenizer) -> LLMatcher:
+        """The matcher at the start of the text, checked."""
+        # The verbose errors would add pages of parser state to every message.
+        limits = LLParserLimits(verbose_errors=False, precompute_large_lexemes=self._precompute)
+        made = LLMatcher(ll_tokenizer, self._grammar, log_level=0, limits=limits)
+        messages = [made.get_error()] if made.is_error() else made.get_grammar_warnings()
+        if messages:
             raise ConstraintError(f"{self._what} cannot be enforced: {'; '.join(messages)}")
-        matcher = LLMatcher(ll_tokenizer, self._grammar, log_level=0)
-        compiled = ConstraintMatcher(matcher, ll_tokenizer, self._what, vocab_size or tokenizer.vocab_size)
-        if not (compiled.accepts_end or compiled.fill_mask().any()):
+        start = ConstraintMatcher(made.deep_copy(), ll_tokenizer, self._what, ll_tokenizer.vocab_size)
+        if not (start.accepts_end or start.fill_mask().any()):
             raise ConstraintError(f"no text obeys {self._what}: it contradicts itself")
-        return compiled
+        return made
 
     @cached_property
     def _grammar(self) -> str:
@@ -160,17 +186,20 @@ class ConstraintMatcher:
             raise ConstraintError(f"{self._what} cannot be enforced: {self._matcher.get_error()}")
 
 
+_lock = threading.Lock()
 _ll_tokenizers: weakref.WeakKeyDictionary[Tokenizer, LLTokenizer] = weakref.WeakKeyDictionary()
-_ll_tokenizers_lock = threading.Lock()
+_made: weakref.WeakKeyDictionary[Constraint, weakref.WeakKeyDictionary[Tokenizer, LLMatcher]]
+_made = weakref.WeakKeyDictionary()
 
 
 def _ll_tokenizer(tokenizer: Tokenizer) -> LLTokenizer:
     """The grammar engine's view of a tokenizer; built once (up to a second for a large vocabulary), then kept."""
-    with _ll_tokenizers_lock:
+    with _lock:
         known = _ll_tokenizers.get(tokenizer)
         if known is None:
             # The engine must have an end token; one past the vocabulary stands in where the model has none.
             eos = list(tokenizer.eos_token_ids) or [tokenizer.vocab_size]
             n_vocab = max(tokenizer.vocab_size, *(n + 1 for n in eos))
-            known = _ll_tokenizers[tokenizer] = LLTokenizer(tokenizer.to_json(), n_vocab=n_vocab, eos_token=eos)
+            known = LLTokenizer(tokenizer.to_json(), n_vocab=n_vocab, eos_token=eos, slices=_SLICES)
+            _ll_tokenizers[tokenizer] = known
         return known

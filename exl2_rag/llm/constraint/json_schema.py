@@ -1,6 +1,7 @@
 """JSON that obeys a JSON Schema.
 
-The text is compact (no whitespace between values) and properties come in the order in which the schema declares them.
+The text is compact (no whitespace between values), properties come in the order in which the schema declares them, and
+characters are escaped only where JSON asks for it. Unlike a validator, decoding also enforces "format".
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ from llguidance import LLMatcher
 from exl2_rag.errors import ConstraintError
 from exl2_rag.llm.constraint.base import Constraint
 from exl2_rag.llm.constraint.schema_check import check_schema
+from exl2_rag.llm.constraint.schema_formats import tighten
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
+
+# Without "u": an escaped letter in a key ("\\u0061") would pass for another property than the one it names.
+_ESCAPES = 'nrbtf\\"'
 
 
 class JsonSchema(Constraint):
@@ -49,5 +54,8 @@ class JsonSchema(Constraint):
             text = json.dumps(self.schema, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ConstraintError(f"the schema holds something that is not JSON: {error}") from error
-        check_schema(json.loads(text))
-        return LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_flexible": False})
+        schema = json.loads(text)
+        check_schema(schema, tighten)
+        return LLMatcher.grammar_from_json_schema(
+            json.dumps(schema), overrides={"whitespace_flexible": False, "json_allowed_escapes": _ESCAPES}
+        )

@@ -40,6 +40,8 @@ class AnswerWithQuotes(Constraint):
         max_text_chars: characters of a claim's own text at most; it has at least one and is a single line.
     """
 
+    _precompute = False  # there is a large expression per passage, and an answer meets one or two of them
+
     def __init__(
         self,
         passages: Mapping[str, str | Sequence[str]],
