@@ -11,6 +11,7 @@ import pytest
 
 from exl2_rag.errors import EngineClosedError
 from exl2_rag.llm.api import ExL2LLM
+from exl2_rag.llm.constraint import Regex
 from exl2_rag.qa.pipeline import DocumentQA
 from exl2_rag.qa.settings import QASettings
 from tests.qa.support import CACHE, ENGINE_DOC, PAGES, PETS, PETS_DOC, ListedChunks
@@ -81,11 +82,12 @@ async def test_async_questions_get_the_answers_of_sync_ones(llm: ExL2LLM) -> Non
 
 
 async def test_a_cancelled_question_frees_its_place(llm: ExL2LLM) -> None:
-    long = QASettings(max_tokens=2000, max_text_chars=2000)
-    short = qa_over(llm, replace(long, max_tokens=100))
-    answers = short.ask_many([f"Question {n}?" for n in range(20)])
-    question = next(answer.question for answer in answers if answer.truncated)  # one with a long reply
-    task = asyncio.ensure_future(qa_over(llm, long).aask(question))
+    class LongWinded(DocumentQA):
+        def _constraint(self, chunks: Any) -> Any:
+            return Regex("[a-z]{1500}")
+
+    qa = LongWinded(llm, ListedChunks(PAGES), QASettings(max_tokens=2000))  # type: ignore[arg-type]
+    task = asyncio.ensure_future(qa.aask("Why?"))
     while llm.active_requests == 0:
         await asyncio.sleep(0.001)
     task.cancel()
