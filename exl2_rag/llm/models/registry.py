@@ -82,12 +82,10 @@ class _Loader:
         if spec is None:
             return DenseLinear(embedding.weight, None)
         head = self.linear(spec)
-        if (
-            self._config.tied_embeddings
-            and isinstance(head, DenseLinear)
-            and torch.equal(head.weight, embedding.weight)
-        ):
-            return DenseLinear(embedding.weight, None)  # a copy in the file need not be one in memory
+        if self._config.tied_embeddings and isinstance(head, DenseLinear):
+            table = embedding.weight
+            if head.weight.dtype == table.dtype and torch.equal(head.weight, table):
+                return DenseLinear(table, None)  # a copy in the file need not be one in memory
         return head
 
     def layer(self, index: int) -> DecoderLayer:

@@ -188,6 +188,15 @@ def test_a_tied_head_that_the_file_repeats_is_kept_once_and_one_that_differs_is_
     assert same.head.weight is same.embedding.weight
 
 
+def test_a_tied_head_of_another_dtype_is_used_as_it_is(tmp_path: Path) -> None:
+    model_dir = make_model_dir(tmp_path)
+    change_config(model_dir, tie_word_embeddings=True)
+    change_tensors(model_dir, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].half()}))
+    head = parity.load(model_dir).head
+    assert isinstance(head, DenseLinear)
+    assert head.weight.dtype == torch.float16
+
+
 # Forward.
 
 
