@@ -18,6 +18,7 @@ class Extracted:
         media_type: of the file.
         markup: how the text is structured.
         title: what the file itself gives as its title; empty if it gives none.
+        headed: may the first heading or line serve as a title, if the file gives none?
         paged: do `pages` have numbers a reader would know?
     """
 
@@ -25,6 +26,7 @@ class Extracted:
     media_type: str
     markup: Markup = "plain"
     title: str = ""
+    headed: bool = True
     paged: bool = False
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -57,7 +58,9 @@ def html_to_text(markup: bytes | str, budget: Budget) -> tuple[str, str]:
         DocumentError: the markup is beyond the limits of `budget`.
     """
     budget.check_unpacked(len(markup))
-    soup = BeautifulSoup(markup, "lxml")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it looks like XML, or like a file name
+        soup = BeautifulSoup(markup, "lxml")
     writer = _Writer(budget)
     _walk(_content_root(soup), writer)
     writer.flush()

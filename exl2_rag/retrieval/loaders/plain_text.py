@@ -140,10 +140,8 @@ def _unwrap_markdown(text: str) -> str:
                 fence = marker.group(1) if marker else ""
             elif marker and marker.group(1).startswith(fence) and line.strip() == marker.group(1):
                 fence = ""
-        elif parts and (underline := _SETEXT.match(line)) and not _LIST_MARKER.match(parts[0]):
-            heading = join_lines([part.strip() for part in parts])
-            parts.clear()
-            out.append(("# " if underline.group(1)[0] == "=" else "## ") + heading)
+        elif len(parts) == 1 and (underline := _SETEXT.match(line)) and not _LIST_MARKER.match(parts[0]):
+            out.append(("# " if underline.group(1)[0] == "=" else "## ") + parts.pop().strip())
         elif not line.strip() or (_MARKDOWN_STRUCTURE.match(line) and not (parts and line.startswith(" "))):
             flush()
             out.append(line)
