@@ -6,7 +6,6 @@ import asyncio
 import weakref
 from collections.abc import AsyncGenerator, Generator, Iterable, Mapping
 from collections.abc import Sequence as Seq
-from operator import index
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast, overload
@@ -17,6 +16,8 @@ from exl2_rag.llm.config import ModelConfig
 from exl2_rag.llm.engine_config import EngineConfig, EngineOptions, refuse_unsupported
 from exl2_rag.llm.engine_loader import load_engine
 from exl2_rag.llm.engine_thread import EngineThread
+from exl2_rag.llm.pin import Pin
+from exl2_rag.llm.prompts import Prompt, Prompts, as_batch, as_token_ids
 from exl2_rag.llm.request import CacheReport, GenerationRequest, GenerationResult, SamplingParams, StreamPiece, Usage
 from exl2_rag.llm.sequence import Evaluation, Sequence
 from exl2_rag.llm.tokenizer import TextBlock, Tokenizer
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from exl2_rag.adapters.llama_index import ExL2 as LlamaIndexExL2
     from exl2_rag.llm.constraint import Constraint
 
-Prompt = str | Seq[int]
-Prompts = list[str] | list[list[int]] | tuple[str, ...] | tuple[list[int], ...]
 Tools = Seq[dict[str, Any]]
 
 
@@ -151,7 +150,7 @@ class ExL2LLM:
             RequestError: a prompt or parameter that can never run (ContextOverflowError, ConstraintError).
             EngineError: the engine could not finish it.
         """
-        prompts, is_batch = _as_batch(prompt)
+        prompts, is_batch = as_batch(prompt)
         sequences = [self._sequence(self._encode(one), sampling, constraint) for one in prompts]
         results = [_result(pieces) for pieces in self._thread.run_together(sequences)]
         return results if is_batch else results[0]
@@ -189,7 +188,7 @@ class ExL2LLM:
         constraint: Constraint | None = None,
     ) -> GenerationResult | list[GenerationResult]:
         """`generate` for a coroutine. Cancelling the task cancels the requests."""
-        prompts, is_batch = _as_batch(prompt)
+        prompts, is_batch = as_batch(prompt)
         # In a thread: encoding and compiling take long enough to hold up the loop.
         sequences = await asyncio.to_thread(
             lambda: [self._sequence(self._encode(one), sampling, constraint) for one in prompts]
@@ -381,14 +380,14 @@ class ExL2LLM:
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:
         if isinstance(prompt, str):
             return tuple(self.tokenizer.encode(prompt, add_bos=self.tokenizer.adds_bos))
-        return _token_ids(prompt)
+        return as_token_ids(prompt)
 
     def _encode_prefix(self, prompt: Prompt | Seq[Message]) -> tuple[int, ...]:
         if isinstance(prompt, str):
             return self._encode(prompt)
         if any(isinstance(one, Mapping) for one in prompt):
             return tuple(self.encode_chat(cast(Seq[Message], prompt), add_generation_prompt=False))
-        return _token_ids(prompt)
+        return as_token_ids(prompt)
 
     def _encode_continuation(self, text: str) -> tuple[int, ...]:
         """Token ids of a text that stands after another: without BOS, and without a space put before it."""
@@ -418,50 +417,6 @@ class ExL2LLM:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-
-
-class Pin:
-    """Pages that stay in the cache until `release`. Also a context manager."""
-
-    def __init__(self, thread: EngineThread, engine: Any, sequence: Sequence) -> None:
-        self._thread = thread
-        self._engine = engine
-        self._sequence = sequence
-        self.n_tokens = sequence.n_prompt
-
-    def release(self) -> None:
-        """Let the pages go; they stay cached as long as there is room. Harmless when done before, or after close()."""
-        if not self._thread.is_closed:
-            self._thread.call(lambda: self._engine.unpin(self._sequence))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
-
-
-def _as_batch(prompt: Prompt | Prompts) -> tuple[list[Prompt], bool]:
-    """The prompts, and whether several were given (one in a list counts as several)."""
-    if isinstance(prompt, str):
-        return [prompt], False
-    if len(prompt) == 0:
-        raise RequestError("expected a prompt or a list of prompts, got an empty list")
-    if hasattr(prompt[0], "__index__"):
-        return [_token_ids(prompt)], False
-    return [one if isinstance(one, str) else _token_ids(one) for one in prompt], True
-
-
-def _token_ids(prompt: Any) -> tuple[int, ...]:
-    """Token ids given by the caller, checked to be whole numbers (numpy's are, too)."""
-    try:
-        return tuple(map(index, prompt))
-    except TypeError as error:
-        raise RequestError(
-            f"expected a text, a list of token ids or a list of such prompts; got {prompt!r:.80} ({error})"
-        ) from error
 
 
 def _result(pieces: list[StreamPiece]) -> GenerationResult:

@@ -1,0 +1,129 @@
+"""Greedy text is the same alone, in a batch, after a prefix hit and after a preemption, on real models of each kind."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from exl2_rag import ExL2LLM, SamplingParams
+from exl2_rag.llm.request import CacheReport, GenerationResult
+from tests.support.byte_tokenizer import BOS_ID
+from tests.support.synthetic import make_model_dir
+
+GREEDY = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
+PREFIX_TOKENS = 2000
+KINDS = ["fp16", "exl2", "qwen2-exl2", "mistral-window"]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / request.param
+    if request.param == "fp16":
+        return make_model_dir(path, max_position=4096, dtype=torch.float16)
+    if request.param == "exl2":
+        return make_model_dir(path, max_position=4096, quantised=True)
+    if request.param == "qwen2-exl2":
+        return make_model_dir(path, max_position=4096, quantised=True, architecture="Qwen2ForCausalLM", seed=1)
+    return make_model_dir(
+        path, max_position=4096, dtype=torch.float16, architecture="MistralForCausalLM", sliding_window=50
+    )
+
+
+@pytest.fixture(scope="module", params=["fp32", "fp16"])
+def cache_dtype(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def llm(model_dir: Path, cache_dtype: str) -> Iterator[ExL2LLM]:
+    with ExL2LLM(model_dir, cache_tokens=8192, cache_dtype=cache_dtype, max_batch_size=16) as one:
+        yield one
+
+
+def words(n_tokens: int, seed: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(97, 123) for _ in range(n_tokens)]
+
+
+def cold(model_dir: Path, cache_dtype: str, prompts: list[list[int]]) -> list[tuple[int, ...]]:
+    """What each prompt gives alone, in an engine that has never seen another."""
+    results = []
+    for prompt in prompts:
+        with ExL2LLM(model_dir, cache_tokens=2500, cache_dtype=cache_dtype) as llm:
+            result = llm.generate(prompt, GREEDY)
+        assert result.usage.cached_tokens == 0
+        results.append(result.token_ids)
+    return results
+
+
+def test_a_batch_gives_each_prompt_what_it_gets_alone(llm: ExL2LLM, model_dir: Path, cache_dtype: str) -> None:
+    prompts = [[BOS_ID, *words(length, seed=length)] for length in (1, 15, 31, 32, 33, 64, 150, 300)]
+    expected = cold(model_dir, cache_dtype, prompts)
+    assert [one.token_ids for one in llm.generate(prompts, GREEDY)] == expected
+    assert len(set(expected)) == len(prompts)
+
+
+def test_a_prefix_hit_changes_nothing(llm: ExL2LLM, model_dir: Path, cache_dtype: str) -> None:
+    shared = [BOS_ID, *words(200, seed=1)]
+    llm.generate([*shared, *words(20, seed=2)], GREEDY)
+    lengths = (1, 31, 32, 33, 100, 201)
+    prompts = [[*shared[:length], 1, *words(10, seed=length)] for length in lengths]
+    expected = cold(model_dir, cache_dtype, prompts)
+    for prompt, length, tokens in zip(prompts, lengths, expected, strict=True):
+        result = llm.generate(prompt, GREEDY)
+        assert result.token_ids == tokens
+        assert result.usage.cached_tokens == length
+
+
+def test_a_tiny_cache_preempts_and_gives_the_same_text(model_dir: Path, cache_dtype: str) -> None:
+    prompts = [[BOS_ID, *words(20 + 3 * n, seed=n)] for n in range(6)]
+    sampling = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
+    with ExL2LLM(model_dir, cache_tokens=4096, cache_dtype=cache_dtype) as roomy:
+        expected = [roomy.generate(one, sampling).token_ids for one in prompts]
+    with ExL2LLM(model_dir, cache_tokens=160, page_size=16, cache_dtype=cache_dtype, max_batch_size=6) as tiny:
+        found = tiny.generate(prompts, sampling)
+        assert tiny.cache_report().preemptions > 0
+    assert [one.token_ids for one in found] == expected
+    assert all(one.usage.completion_tokens == 40 for one in found)
+
+
+@pytest.mark.parametrize("page_size", [16, 64, 256])
+def test_a_second_request_has_its_whole_shared_prefix_cached(model_dir: Path, page_size: int) -> None:
+    shared = [BOS_ID, *words(PREFIX_TOKENS - 1, seed=5)]
+    with ExL2LLM(model_dir, cache_tokens=8192, page_size=page_size) as llm:
+        first = llm.generate([*shared, 1, 2, 3], GREEDY)
+        second = llm.generate([*shared, 4, 5], GREEDY)
+        assert first.usage.cached_tokens == 0
+        assert second.usage.cached_tokens == PREFIX_TOKENS
+        assert second.timings.first_token_s < first.timings.first_token_s / 2
+
+
+def watch_most_pages(llm: ExL2LLM, reports: list[CacheReport], done: threading.Event) -> None:
+    while not done.is_set():
+        reports.append(llm.cache_report())
+
+
+@pytest.mark.parametrize("is_warm", [True, False])
+def test_sixteen_sequences_share_one_copy_of_the_full_pages(llm: ExL2LLM, is_warm: bool) -> None:
+    shared = [BOS_ID, *words(PREFIX_TOKENS - 1, seed=7 + is_warm)]
+    if is_warm:
+        llm.warm(shared)
+    reports: list[CacheReport] = []
+    done = threading.Event()
+    watcher = threading.Thread(target=watch_most_pages, args=(llm, reports, done))
+    watcher.start()
+    results: list[GenerationResult] = llm.generate([[*shared, n, n + 1] for n in range(16)], GREEDY)
+    done.set()
+    watcher.join()
+    together = [report for report in reports if report.running_requests == 16]
+    assert together
+    full_pages = PREFIX_TOKENS // llm.engine_config.page_size
+    own_pages = -(-(PREFIX_TOKENS % llm.engine_config.page_size + 2 + 16) // llm.engine_config.page_size)
+    assert max(report.running_pages for report in together) <= full_pages + 16 * own_pages
+    n_cold = 0 if is_warm else 1
+    assert sorted(one.usage.cached_tokens for one in results) == [0] * n_cold + [PREFIX_TOKENS] * (16 - n_cold)
