@@ -87,7 +87,7 @@ class SentenceTransformerEmbedder:
     @property
     def dimension(self) -> int:
         """Length of a vector."""
-        return int(self._model.get_sentence_embedding_dimension())
+        return int(self._model.get_embedding_dimension())
 
     @property
     def max_tokens(self) -> int:
@@ -124,8 +124,15 @@ class SentenceTransformerEmbedder:
     @cached_property
     def _model(self) -> Any:
         from sentence_transformers import SentenceTransformer
+        from transformers.utils import logging
 
-        return SentenceTransformer(str(self.model_dir), device="cpu", local_files_only=True)
+        shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()  # a bar for a model of 90 MB is only noise
+        try:
+            return SentenceTransformer(str(self.model_dir), device="cpu", local_files_only=True)
+        finally:
+            if shown:
+                logging.enable_progress_bar()
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:

@@ -108,7 +108,7 @@ class ExactStore:
 
     def _read(self, path: Path) -> None:
         try:
-            with np.load(path, allow_pickle=False) as held:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
                 vectors = held["vectors"]
                 ids, metadata = json.loads(str(held["ids"])), json.loads(str(held["metadata"]))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
