@@ -6,6 +6,7 @@ a product walks memory from front to back; `exl2_layout.h` draws the layout.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,17 +43,17 @@ def parse_groups(pairs: Sequence[int], packed_rows: int) -> list[Group]:
     """
     if len(pairs) == 0 or len(pairs) % 2:
         raise ValueError(f"q_groups must hold one (bits, first row) pair per group, it holds {len(pairs)} numbers")
-    starts = [*pairs[1::2], packed_rows]
+    widths, starts = pairs[0::2], [*pairs[1::2], packed_rows]
+    if starts[0] != 0:
+        raise ValueError(f"the first group starts at packed row {starts[0]} instead of 0")
+    for index, (start, end) in enumerate(itertools.pairwise(starts)):
+        if end <= start:
+            where = f"group {index + 1} at {end}" if index + 1 < len(widths) else f"q_weight has {end} rows"
+            raise ValueError(f"group {index} starts at packed row {start}, but {where}: groups overlap")
     groups: list[Group] = []
-    for index, bits in enumerate(pairs[0::2]):
-        start, end = starts[index], starts[index + 1]
+    for index, (bits, start, end) in enumerate(zip(widths, starts, starts[1:], strict=False)):
         if bits not in EXL2_WIDTHS:
             raise ValueError(f"group {index} has codes of {bits} bits; EXL2 knows 2, 3, 4, 5, 6 and 8")
-        if index == 0 and start != 0:
-            raise ValueError(f"the first group starts at packed row {start} instead of 0")
-        if end <= start:
-            where = "the last packed row" if index + 1 == len(starts) - 1 else f"group {index + 1}"
-            raise ValueError(f"group {index} starts at packed row {start}, but {where} at {end}: groups overlap")
         if (end - start) % bits:
             raise ValueError(
                 f"group {index} has {end - start} packed rows of {bits} bits, which is no multiple of {CHUNK_ROWS} rows"

@@ -47,7 +47,7 @@ def test_groups_of_one_width_are_decoded_together():
         ([7, 0], 7, "7 bits"),
         ([4, 4], 8, "starts at packed row 4 instead of 0"),
         ([4, 0, 4, 8, 4, 4], 12, "group 1 starts at packed row 8, but group 2 at 4: groups overlap"),
-        ([4, 0, 4, 8], 8, "group 1 starts at packed row 8, but the last packed row at 8: groups overlap"),
+        ([4, 0, 4, 8], 8, "group 1 starts at packed row 8, but q_weight has 8 rows: groups overlap"),
         ([4, 0, 3, 5], 8, "5 packed rows of 4 bits"),
         ([3, 0, 4, 3], 7, "must not rise"),
     ],
