@@ -112,9 +112,10 @@ class FakeEngine:
         finally:
             self.active_requests -= 1
 
-    async def agenerate(
-        self, prompt: Any, sampling: SamplingParams | None = None, *, constraint: Any = None
-    ) -> GenerationResult:
+    async def agenerate(self, prompt: Any, sampling: SamplingParams | None = None, *, constraint: Any = None) -> Any:
+        if isinstance(prompt, list):
+            self.asked.append(Asked("agenerate", prompt, sampling or SamplingParams(), constraint))
+            return await asyncio.gather(*(self._arun(len(one)) for one in prompt))
         return await self._arun(self._admit("agenerate", prompt, sampling, constraint))
 
     async def achat(

@@ -5,7 +5,6 @@ All prompts of one `batch` go to the engine together and share their prefixes.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, closing
 from typing import Any
@@ -58,15 +57,7 @@ class ExL2(EngineAdapter, BaseLLM):
     ) -> LLMResult:
         call = self.call_options(stop, kwargs)
         with langchain_errors():
-            tasks = [
-                asyncio.ensure_future(self.engine.agenerate(prompt, call.sampling, constraint=call.constraint))
-                for prompt in prompts
-            ]
-            try:
-                results = await asyncio.gather(*tasks)
-            finally:
-                for task in tasks:  # the others of a batch in which one failed
-                    task.cancel()
+            results = await self.engine.agenerate(list(prompts), call.sampling, constraint=call.constraint)
         return self._to_result(results)
 
     def _stream(
