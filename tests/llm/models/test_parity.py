@@ -1,6 +1,7 @@
 """Logits equal those of transformers, for every architecture and switch, in every way an engine runs a model."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,29 @@ def test_a_sharded_model_with_its_index_is_read_whole(tmp_path: Path) -> None:
     tokens = parity.random_tokens(TOKENS, 11)
     ours = parity.in_slices(parity.load(tmp_path), tokens, [TOKENS])
     assert parity.max_error(ours, parity.oracle_logits(oracle, tokens)) <= parity.TOLERANCE
+
+
+def _to_old_form(model_dir: Path) -> None:
+    """Rewrite config.json the way transformers 4 wrote it."""
+    path = model_dir / "config.json"
+    config = json.loads(path.read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = None if rope == {"rope_type": "default"} else rope | {"type": rope["rope_type"]}
+    config["torch_dtype"] = config.pop("dtype")
+    config.pop("layer_types", None)
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "case", ["llama, llama3 rope", "llama, linear rope", "mistral, window", "qwen2, window in the upper layer"]
+)
+def test_a_config_in_the_old_form_gives_the_same_logits(case: str, tmp_path: Path) -> None:
+    built = Built(tmp_path, *CASES[case])
+    _to_old_form(tmp_path)
+    decoder = parity.load(tmp_path)
+    assert decoder.config == built.decoder.config
+    assert parity.max_error(parity.in_slices(decoder, built.tokens, [TOKENS]), built.logits) <= parity.TOLERANCE
 
 
 def _without_window(config: ModelConfig) -> ModelConfig:
