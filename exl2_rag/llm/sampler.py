@@ -132,24 +132,15 @@ def _keep_top_p(scores: Tensor, top_p: Tensor) -> Tensor:
     """Keep a token while the tokens before it, most likely first, have less than `top_p` of the mass."""
     weights = scores.exp()
     wanted = top_p * weights.cumsum(dim=-1)[:, -1:]
-    n_candidates = min(TOP_P_CANDIDATES, weights.shape[-1])
-    top = weights.topk(n_candidates, dim=-1).values
-    filtered = torch.full_like(scores, -torch.inf)
-    for row in range(scores.shape[0]):
-        ordered = top[row]
-        if ordered.cumsum(dim=-1)[-1] < wanted[row, 0]:
-            ordered = weights[row].sort(descending=True).values
-        before = ordered.cumsum(dim=-1) - ordered
-        n_kept = max(1, int((before < wanted[row, 0]).sum()))
-        filtered[row] = _keep_largest(scores[row], weights[row], n_kept, ordered[n_kept - 1])
-    return filtered
-
-
-def _keep_largest(scores: Tensor, weights: Tensor, n_kept: int, least: Tensor) -> Tensor:
-    """Keep the `n_kept` largest; of those as large as the last kept one, the lowest ids."""
-    above = weights > least
-    equal = weights == least
-    n_equal = n_kept - int(above.sum())
+    ordered = weights.topk(min(TOP_P_CANDIDATES, weights.shape[-1]), dim=-1).values
+    if (ordered.cumsum(dim=-1)[:, -1:] < wanted).any():
+        ordered = weights.sort(dim=-1, descending=True).values
+    before = ordered.cumsum(dim=-1) - ordered
+    n_kept = (before < wanted).sum(dim=-1, keepdim=True).clamp(min=1)
+    # Of those as likely as the last one kept, the lowest ids stay.
+    least = ordered.gather(-1, n_kept - 1)
+    above, equal = weights > least, weights == least
+    n_equal = n_kept - above.sum(dim=-1, keepdim=True)
     return scores.masked_fill(~(above | (equal & (equal.cumsum(dim=-1) <= n_equal))), -torch.inf)
 
 

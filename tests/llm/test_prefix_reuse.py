@@ -17,26 +17,33 @@ from tests.support.synthetic import make_model_dir
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
 PREFIX_TOKENS = 2000
-KINDS = ["fp16", "exl2", "qwen2-exl2", "mistral-window"]
+# (model, cache dtype)
+KINDS = [("fp16", "fp16"), ("exl2", "fp32"), ("exl2", "fp16"), ("qwen2-exl2", "fp32"), ("mistral-window", "fp16")]
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / request.param
-    if request.param == "fp16":
+def kind(request: pytest.FixtureRequest) -> tuple[str, str]:
+    name, cache_dtype = request.param
+    return name, cache_dtype
+
+
+@pytest.fixture(scope="module")
+def cache_dtype(kind: tuple[str, str]) -> str:
+    return kind[1]
+
+
+@pytest.fixture(scope="module")
+def model_dir(kind: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / kind[0]
+    if kind[0] == "fp16":
         return make_model_dir(path, max_position=4096, dtype=torch.float16)
-    if request.param == "exl2":
+    if kind[0] == "exl2":
         return make_model_dir(path, max_position=4096, quantised=True)
-    if request.param == "qwen2-exl2":
+    if kind[0] == "qwen2-exl2":
         return make_model_dir(path, max_position=4096, quantised=True, architecture="Qwen2ForCausalLM", seed=1)
     return make_model_dir(
         path, max_position=4096, dtype=torch.float16, architecture="MistralForCausalLM", sliding_window=50
     )
-
-
-@pytest.fixture(scope="module", params=["fp32", "fp16"])
-def cache_dtype(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 @pytest.fixture
@@ -81,15 +88,15 @@ def test_a_prefix_hit_changes_nothing(llm: ExL2LLM, model_dir: Path, cache_dtype
 
 
 def test_a_tiny_cache_preempts_and_gives_the_same_text(model_dir: Path, cache_dtype: str) -> None:
-    prompts = [[BOS_ID, *words(20 + 3 * n, seed=n)] for n in range(6)]
-    sampling = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
+    prompts = [[BOS_ID, *words(20 + 3 * n, seed=n)] for n in range(5)]
+    sampling = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)
     with ExL2LLM(model_dir, cache_tokens=4096, cache_dtype=cache_dtype) as roomy:
         expected = [roomy.generate(one, sampling).token_ids for one in prompts]
-    with ExL2LLM(model_dir, cache_tokens=160, page_size=16, cache_dtype=cache_dtype, max_batch_size=6) as tiny:
+    with ExL2LLM(model_dir, cache_tokens=112, page_size=16, cache_dtype=cache_dtype, max_batch_size=6) as tiny:
         found = tiny.generate(prompts, sampling)
         assert tiny.cache_report().preemptions > 0
     assert [one.token_ids for one in found] == expected
-    assert all(one.usage.completion_tokens == 40 for one in found)
+    assert all(one.usage.completion_tokens == 30 for one in found)
 
 
 @pytest.mark.parametrize("page_size", [16, 64, 256])

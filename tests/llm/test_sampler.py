@@ -140,3 +140,11 @@ def test_extreme_temperatures_still_give_a_token(temperature: float) -> None:
     logits = rows_of_logits(1)
     token = sample(logits, [Draw(params(temperature=temperature, top_p=0.9), seed=0, step=0)])[0]
     assert temperature > 1 or token == int(logits.argmax())
+
+
+def test_a_flat_row_beside_it_does_not_change_what_a_peaked_row_draws() -> None:
+    logits = torch.cat([rows_of_logits(1, spread=8.0), rows_of_logits(1, spread=0.01, seed=1)])
+    draws = [[Draw(params(top_p=0.97), seed=row, step=step) for row in range(2)] for step in range(50)]
+    for pair in draws:
+        together = sample(logits, pair)
+        assert together == [sample(logits[row : row + 1], [pair[row]])[0] for row in range(2)]
