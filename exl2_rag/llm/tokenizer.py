@@ -134,6 +134,10 @@ class Tokenizer:
             ids += self._encode(text, trusted=block.trusted, continuation=True)
         return ids
 
+    def encode_continuation(self, text: str) -> list[int]:
+        """Token ids of ordinary text that goes on from other text: no special tokens, no space put before it."""
+        return self._encode(text, trusted=False, continuation=True)
+
     def decode(self, ids: Sequence[int], *, skip_special: bool = True, after: Sequence[int] = ()) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD.
 
@@ -161,10 +165,6 @@ class Tokenizer:
     def is_special(self, token_id: int) -> bool:
         """Whether the token is a special one, which has no text of its own."""
         return token_id in self._special_ids
-
-    def to_json(self) -> str:
-        """The tokenizer as the text of a `tokenizer.json`, with all added tokens."""
-        return self._backend.to_str()
 
     @property
     def _bos_id(self) -> int:

@@ -12,22 +12,15 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits
 
 from exl2_rag.errors import ConstraintError
+from exl2_rag.llm.constraint.vocabulary import ll_tokenizer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from exl2_rag.llm.tokenizer import Tokenizer
-
-# Tokens that lie wholly within one of these classes are allowed or not as one, which spares walking the vocabulary
-# inside JSON strings. They are the ones that every string of ours may hold: narrower than the engine's own, which take
-# in U+2028 and so would help no text that is to be a single line.
-_SLICES = [
-    r"[\x20\x0A\x0D\x09]+",
-    *(rf'[^"\\\x00-\x1F\x7F-\x9F\u2028\u2029]{times}' for times in ("{1,10}", "{1,30}", "+")),
-]
 
 
 class Constraint(ABC):
@@ -55,10 +48,10 @@ class Constraint(ABC):
         """
         matcher = self.compile(tokenizer)
         try:
-            data = text.encode()
+            text.encode()
         except UnicodeEncodeError:  # a lone surrogate: no model can write it
             return False
-        return matcher.accepts_bytes(data)
+        return matcher.accepts_rest(text)
 
     def compile(self, tokenizer: Tokenizer, vocab_size: int | None = None) -> ConstraintMatcher:
         """A fresh matcher at the start of the text.
@@ -70,24 +63,23 @@ class Constraint(ABC):
         Raises:
             ConstraintError: as for `validate`.
         """
-        ll_tokenizer = _ll_tokenizer(tokenizer)
         with _lock:
             made = _made.setdefault(self, weakref.WeakKeyDictionary()).get(tokenizer)
         if made is None:
-            made = self._make(ll_tokenizer)
+            made = self._make(tokenizer)
             with _lock:
                 _made[self][tokenizer] = made
-        return ConstraintMatcher(made.deep_copy(), ll_tokenizer, self._what, vocab_size or tokenizer.vocab_size)
+        return ConstraintMatcher(made.deep_copy(), tokenizer, self._what, vocab_size or tokenizer.vocab_size)
 
-    def _make(self, ll_tokenizer: LLTokenizer) -> LLMatcher:
+    def _make(self, tokenizer: Tokenizer) -> LLMatcher:
         """The matcher at the start of the text, checked."""
         # The verbose errors would add pages of parser state to every message.
         limits = LLParserLimits(verbose_errors=False, precompute_large_lexemes=self._precompute)
-        made = LLMatcher(ll_tokenizer, self._grammar, log_level=0, limits=limits)
+        made = LLMatcher(ll_tokenizer(tokenizer), self._grammar, log_level=0, limits=limits)
         messages = [made.get_error()] if made.is_error() else made.get_grammar_warnings()
         if messages:
             raise ConstraintError(f"{self._what} cannot be enforced: {'; '.join(messages)}")
-        start = ConstraintMatcher(made.deep_copy(), ll_tokenizer, self._what, ll_tokenizer.vocab_size)
+        start = ConstraintMatcher(made.deep_copy(), tokenizer, self._what, tokenizer.vocab_size)
         if not (start.accepts_end or start.fill_mask().any()):
             raise ConstraintError(f"no text obeys {self._what}: it contradicts itself")
         return made
@@ -113,14 +105,16 @@ class ConstraintMatcher:
     work, of which a message tells).
     """
 
-    def __init__(self, matcher: LLMatcher, ll_tokenizer: LLTokenizer, what: str, vocab_size: int) -> None:
+    def __init__(self, matcher: LLMatcher, tokenizer: Tokenizer, what: str, vocab_size: int) -> None:
         self._matcher = matcher
-        self._ll_tokenizer = ll_tokenizer
+        self._tokenizer = tokenizer
+        self._ll_tokenizer = ll_tokenizer(tokenizer)
         self._what = what
         self._vocab_size = vocab_size
         # The grammar engine writes whole 32-bit words for its own vocabulary; ids from there to V stay forbidden.
-        self._known = min(vocab_size, ll_tokenizer.vocab_size)
-        self._bits = np.zeros((ll_tokenizer.vocab_size + 31) // 32, dtype=np.int32)
+        self._known = min(vocab_size, tokenizer.vocab_size)
+        self._bits = np.zeros((self._ll_tokenizer.vocab_size + 31) // 32, dtype=np.int32)
+        self._ends = 0  # end tokens taken after the text was finished, which the engine does not count
         self._check()
 
     def fill_mask(self, out: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
@@ -147,6 +141,7 @@ class ConstraintMatcher:
         Raises:
             ConstraintError: the token is not allowed here; the matcher is of no use after that.
         """
+        self._ends += self._matcher.is_stopped()
         if not self._matcher.consume_token(token_id):
             raise ConstraintError(f"token {token_id} is not allowed by {self._what}: {self._matcher.get_error()}")
 
@@ -157,17 +152,19 @@ class ConstraintMatcher:
         """
         forced = self._matcher.compute_ff_tokens()
         self._check()
-        return forced
+        return forced[: self._matcher.validate_tokens(forced)] if forced else forced
 
     def rollback(self, n_tokens: int) -> None:
         """Undo the last `n_tokens` calls of `advance`."""
-        if not self._matcher.rollback(n_tokens):
+        ends = min(self._ends, n_tokens)
+        self._ends -= ends
+        if not self._matcher.rollback(n_tokens - ends):
             raise ConstraintError(f"cannot go back {n_tokens} tokens in {self._what}: {self._matcher.get_error()}")
 
-    def accepts_bytes(self, data: bytes) -> bool:
-        """Whether the text so far and `data` together are a whole text. Changes the state: for a fresh matcher."""
-        tokens = self._ll_tokenizer.tokenize_bytes(data)
-        if self._ll_tokenizer.decode_bytes(tokens) != data:
+    def accepts_rest(self, text: str) -> bool:
+        """Whether the text so far and `text` together are a whole one. The matcher is of no use after that."""
+        tokens = self._ll_tokenizer.greedy_tokenize(text)
+        if self._ll_tokenizer.decode_bytes(tokens) != text.encode():
             return False  # the vocabulary cannot write it
         return self._matcher.try_consume_tokens(tokens) == len(tokens) and self._matcher.is_accepting()
 
@@ -187,19 +184,5 @@ class ConstraintMatcher:
 
 
 _lock = threading.Lock()
-_ll_tokenizers: weakref.WeakKeyDictionary[Tokenizer, LLTokenizer] = weakref.WeakKeyDictionary()
 _made: weakref.WeakKeyDictionary[Constraint, weakref.WeakKeyDictionary[Tokenizer, LLMatcher]]
 _made = weakref.WeakKeyDictionary()
-
-
-def _ll_tokenizer(tokenizer: Tokenizer) -> LLTokenizer:
-    """The grammar engine's view of a tokenizer; built once (up to a second for a large vocabulary), then kept."""
-    with _lock:
-        known = _ll_tokenizers.get(tokenizer)
-        if known is None:
-            # The engine must have an end token; one past the vocabulary stands in where the model has none.
-            eos = list(tokenizer.eos_token_ids) or [tokenizer.vocab_size]
-            n_vocab = max(tokenizer.vocab_size, *(n + 1 for n in eos))
-            known = LLTokenizer(tokenizer.to_json(), n_vocab=n_vocab, eos_token=eos, slices=_SLICES)
-            _ll_tokenizers[tokenizer] = known
-        return known

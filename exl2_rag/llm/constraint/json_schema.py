@@ -29,7 +29,8 @@ class JsonSchema(Constraint):
     """The text is one JSON value that obeys a schema.
 
     Args:
-        schema: a JSON Schema as a mapping or as JSON text, or a pydantic model class.
+        schema: a JSON Schema as a mapping or as JSON text, or a pydantic model class. A class stands for its own
+            fields: where it does not say what it does with further ones, none are written.
 
     Raises:
         ConstraintError: it is none of these, or no JSON.
@@ -42,7 +43,7 @@ class JsonSchema(Constraint):
             except ValueError as error:
                 raise ConstraintError(f"the schema is not JSON: {error}") from error
         elif isinstance(schema, type) and hasattr(schema, "model_json_schema"):
-            schema = schema.model_json_schema()
+            schema = _closed(schema.model_json_schema())
         if not isinstance(schema, Mapping):
             raise ConstraintError(
                 f"a schema is a mapping, the JSON text of one, or a pydantic model class; got {type(schema).__name__}"
@@ -59,3 +60,15 @@ class JsonSchema(Constraint):
         return LLMatcher.grammar_from_json_schema(
             json.dumps(schema), overrides={"whitespace_flexible": False, "json_allowed_escapes": _ESCAPES}
         )
+
+
+def _closed(schema: Any) -> Any:
+    """A pydantic class's schema without room for properties it does not declare."""
+    if isinstance(schema, list):
+        return [_closed(inner) for inner in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {key: _closed(inner) for key, inner in schema.items()}
+    if closed.get("type") == "object" and "properties" in closed:
+        closed.setdefault("additionalProperties", False)
+    return closed

@@ -132,6 +132,8 @@ def _pieces(run: str) -> list[str]:
 
 def _clusters(run: str) -> list[str]:
     """The characters of a run, each with the marks, joiners and modifiers that follow it."""
+    if run.isascii():
+        return list(run)
     clusters: list[str] = []
     for character in run:
         joined = bool(clusters) and (clusters[-1][-1] == "\u200d" or _attaches(character))
