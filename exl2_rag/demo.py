@@ -1,4 +1,4 @@
-"""Where the demo model is. It comes with the package; its card (README.md beside it) says what it can do."""
+"""Where the demo model and the demo documents are. The model's card (README.md beside it) says what it can do."""
 
 from __future__ import annotations
 
@@ -20,3 +20,19 @@ def model_dir() -> Path:
             "or make one with tools/train_demo_model.py"
         )
     return directory
+
+
+def documents_dir() -> Path:
+    """Directory of the demo documents: this project's manuals in five formats.
+
+    Raises:
+        ModelNotFoundError: this installation was built without them.
+    """
+    package = Path(__file__).parent
+    for directory in (package / "demo_documents", package.parent / "examples" / "document_qa" / "documents"):
+        if directory.is_dir():
+            return directory
+    raise ModelNotFoundError(
+        f"expected the demo documents in {package / 'demo_documents'}, found none; install the package from its wheel "
+        "or run the demo in its repository"
+    )
