@@ -59,7 +59,8 @@ class NormalisedText:
 
     Attributes:
         text: the folded text; no white space at its ends, single spaces inside.
-        starts, ends: for each folded character, the part of the original text it came from.
+        starts, ends: for each folded character, the part of the original text it came from; of a run of white space,
+            the first character.
     """
 
     text: str
@@ -86,8 +87,6 @@ def normalise(text: str) -> NormalisedText:
         for character in piece:
             space = character.isspace()
             if space and (not folded or folded[-1] == " "):
-                if folded:
-                    ends[-1] = end
                 continue
             folded.append(" " if space else character)
             starts.append(start)

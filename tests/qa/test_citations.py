@@ -66,11 +66,12 @@ def test_an_accent_is_not_parted_from_its_letter() -> None:
 
 def test_a_slip_of_the_pen_is_near_and_shows_the_documents_words() -> None:
     quote = "The Amazon rainforest covers most of the Amazon basins of South America"
-    found = verify_quote(quote, TEXT)
+    text = f"It is known:\n\n{TEXT}"
+    found = verify_quote(quote, text)
     assert found is not None
     assert found.match == "near"
     assert NEAR_SCORE <= found.score < 100
-    assert TEXT[found.start : found.end] == found.quote
+    assert text[found.start : found.end] == found.quote
     assert found.quote == "The Amazon rainforest covers most of the Amazon basin of South America"
 
 
@@ -189,9 +190,10 @@ def test_every_quote_that_decoding_permits_is_exact(text: str, data: st.DataObje
 @settings(max_examples=100)
 @given(words=WORDS, data=st.data())
 def test_a_quote_with_one_letter_changed_is_placed_right_or_not_at_all(words: list[str], data: st.DataObject) -> None:
-    text = " ".join(words)
-    place = data.draw(st.integers(0, len(text) - 1))
-    quote = text[:place] + "q" + text[place + 1 :]
+    right = " ".join(words)
+    place = data.draw(st.integers(0, len(right) - 1))
+    quote = right[:place] + "q" + right[place + 1 :]
+    text = f"Before it.  {right}  After it."
     found = verify_quote(quote, text)
     if found is not None:
         assert text[found.start : found.end] == found.quote
