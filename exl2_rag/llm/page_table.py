@@ -146,14 +146,22 @@ class PageTable:
         """The key of a full page with these tokens after the page with `parent_key`."""
         return hashlib.blake2b(parent_key + array("q", token_ids).tobytes(), digest_size=KEY_BYTES).digest()
 
-    def lookup(self, token_ids: Seq[int], limit: int) -> PrefixMatch:
-        """What is cached of the first `limit` tokens. Changes nothing."""
+    def lookup(self, token_ids: Seq[int], limit: int, known_keys: list[bytes] | None = None) -> PrefixMatch:
+        """What is cached of the first `limit` tokens. Changes nothing.
+
+        Args:
+            known_keys: page keys of these tokens from earlier calls; new ones are appended, so that a request that
+                waits long is hashed once.
+        """
+        known_keys = [] if known_keys is None else known_keys
         pages: list[int] = []
         keys: list[bytes] = []
         parent_key = self.root_key
         for end in range(self.page_size, limit + 1, self.page_size):
             wanted = list(token_ids[end - self.page_size : end])
-            key = self.page_key(parent_key, wanted)
+            if len(known_keys) == len(pages):
+                known_keys.append(self.page_key(parent_key, wanted))
+            key = known_keys[len(pages)]
             index = self._by_key.get(key)
             if index is None or self.pages[index].token_ids != wanted:
                 break
@@ -165,13 +173,13 @@ class PageTable:
         n_unheld = sum(self.pages[index].n_holders == 0 for index in pages)
         return PrefixMatch(tuple(pages), tuple(keys), source, n_rows, start + n_rows, n_unheld)
 
-    def hold(self, token_ids: Seq[int], limit: int) -> HeldPages:
+    def hold(self, token_ids: Seq[int], limit: int, known_keys: list[bytes] | None = None) -> HeldPages:
         """Take up what is cached of the first `limit` tokens.
 
         The caller carries out `copy`, if there is one, before the next forward pass, in the order of the calls.
         Partly matching rows are left out when no page is left to copy them to.
         """
-        match = self.lookup(token_ids, limit)
+        match = self.lookup(token_ids, limit, known_keys)
         self._clock += 1
         held = HeldPages(pages=list(match.pages), keys=list(match.keys), n_tokens=len(match.pages) * self.page_size)
         for index in match.pages:
@@ -238,15 +246,24 @@ class PageTable:
         Among equals one that can be taken over as it is comes first, since that spares the copy.
         """
         best: int | None = None
-        best_rank = (0, False)
-        if wanted:
-            for index in self._siblings.get((parent_key, wanted[0]), ()):
-                page = self.pages[index]
-                n_rows = common_prefix(page.token_ids, wanted)
-                rank = (n_rows, page.n_holders == 0 and len(page.token_ids) == n_rows)
-                if rank > best_rank:
-                    best, best_rank = index, rank
-        return best, best_rank[0]
+        n_best = 0
+        spares_copy = False
+        for index in self._siblings.get((parent_key, wanted[0]), ()) if wanted else ():
+            page = self.pages[index]
+            n_tokens = len(page.token_ids)
+            # Most pages differ from the prompt where the best one so far does not; they need no comparison. Prompts
+            # that all begin with BOS make this list long.
+            if (
+                n_best
+                and n_tokens != n_best
+                and (n_best == len(wanted) or n_tokens < n_best or page.token_ids[n_best] != wanted[n_best])
+            ):
+                continue
+            n_rows = common_prefix(page.token_ids, wanted)
+            can_continue = page.n_holders == 0 and n_tokens == n_rows
+            if (n_rows, can_continue) > (n_best, spares_copy):
+                best, n_best, spares_copy = index, n_rows, can_continue
+        return best, n_best
 
     def _hold_rows(self, held: HeldPages, source: Page, n_rows: int) -> None:
         continues = source.n_holders == 0 and source.key is None and len(source.token_ids) == n_rows

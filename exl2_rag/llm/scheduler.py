@@ -169,7 +169,7 @@ class Scheduler:
                 continue
             self.waiting.remove(sequence)
             sequence.state = State.RUNNING
-            sequence.held = held = self.table.hold(sequence.token_ids, sequence.reuse_limit)
+            sequence.held = held = self.table.hold(sequence.token_ids, sequence.reuse_limit, sequence.page_keys)
             sequence.mark_admitted(min(held.n_tokens, sequence.n_prompt))
             if held.copy is not None:
                 plan.copies.append(held.copy)
@@ -182,7 +182,7 @@ class Scheduler:
         if not computing:
             return False
         limit = sequence.reuse_limit
-        cached = self.table.lookup(sequence.token_ids, limit).n_tokens
+        cached = self.table.lookup(sequence.token_ids, limit, sequence.page_keys).n_tokens
         worth = cached + min(WORTH_WAITING_TOKENS, self.table.page_size)
         return any(
             one.n_computed < (shared := min(common_prefix(one.token_ids, sequence.token_ids), limit))
@@ -192,7 +192,7 @@ class Scheduler:
 
     def _fits(self, sequence: Sequence) -> bool:
         """Whether its tokens so far find room beside what the running sequences will still take for theirs."""
-        match = self.table.lookup(sequence.token_ids, sequence.reuse_limit)
+        match = self.table.lookup(sequence.token_ids, sequence.reuse_limit, sequence.page_keys)
         needed = self.table.pages_for(len(sequence.token_ids)) - len(match.pages) + match.n_unheld
         for one in self.running:
             assert one.held is not None

@@ -82,6 +82,7 @@ class Sequence:
         self.state = State.WAITING
         self.arrival = -1  # place in the order of arrival, given by the scheduler
         self.held: HeldPages | None = None
+        self.page_keys: list[bytes] = []  # of its leading full pages, as far as they have been looked up
         self.is_decoding = False  # its prompt is computed; set again to False by a preemption
         self.n_cached_tokens: int | None = None  # of the prompt, when it was first admitted
         self.finish_reason: FinishReason | None = None

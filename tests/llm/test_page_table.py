@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 
 import pytest
@@ -182,6 +183,35 @@ def test_token_ids_are_compared_on_a_hit(monkeypatch: pytest.MonkeyPatch) -> Non
     memory.compute(held, ids("abcd"))
     assert cached(memory, "abcd") == 4
     assert cached(memory, "efgh") == 0
+
+
+def test_known_keys_are_computed_once_and_change_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = PageMemory(PageTable(n_pages=8, page_size=4))
+    known: list[bytes] = []
+    text = ids("the cat sat on the mat")
+    assert memory.table.lookup(text, 22, known).n_tokens == 0
+    memory.release(fill(memory, "the cat sat on"))
+    for _ in range(2):
+        assert memory.table.lookup(text, 22, known) == memory.table.lookup(text, 22)
+        assert len(known) == 4
+    monkeypatch.setattr(memory.table, "page_key", None)
+    assert memory.table.lookup(text, 22, known).n_tokens == 14
+
+
+def test_thousands_of_siblings_are_looked_through_quickly() -> None:
+    memory = PageMemory(PageTable(n_pages=3000, page_size=4))
+    for n in range(2000):
+        memory.release(memory_of(memory, [256, n, n + 1, n + 2]))
+    started = time.perf_counter()
+    for n in range(0, 2000, 20):
+        assert memory.table.lookup([256, n, n + 1, 5], 4).n_tokens == 3
+    assert (time.perf_counter() - started) / 100 < 0.01
+
+
+def memory_of(memory: PageMemory, token_ids: list[int]) -> HeldPages:
+    held = memory.hold(token_ids, limit=len(token_ids))
+    memory.compute(held, token_ids)
+    return held
 
 
 def test_common_prefix_counts_leading_tokens_that_agree() -> None:
