@@ -23,6 +23,7 @@ from exl2_rag.errors import (
     ContextOverflowError,
     EngineClosedError,
     Exl2RagError,
+    RetrievalError,
     SettingsError,
 )
 from exl2_rag.llm.request import GenerationResult, SamplingParams, Timings, Usage
@@ -109,7 +110,12 @@ class DocumentQA:
         """
         if isinstance(questions, str):
             raise SettingsError("ask_many takes a list of questions, got one text; use ask, or put it into a list")
-        prepared = [self._prepare(question, k) for question in questions]
+        started = time.perf_counter()
+        found = self.retriever.retrieve_many(list(questions), self.settings.k if k is None else k)
+        retrieval_s = time.perf_counter() - started
+        prepared = [
+            self._fit(question, chunks, started, retrieval_s) for question, chunks in zip(questions, found, strict=True)
+        ]
         asked = [one for one in prepared if one.shown]
         results: dict[int, GenerationResult | Exl2RagError] = {}
         if asked:
@@ -120,12 +126,10 @@ class DocumentQA:
 
     def _prepare(self, question: str, k: int | None) -> _Prepared:
         started = time.perf_counter()
-        found = self.retriever.retrieve(question, k=self.settings.k if k is None else k)
-        retrieval_s = time.perf_counter() - started
-        shown, token_ids = self._fit(question, found)
-        return _Prepared(question, tuple(found), tuple(shown), token_ids, started, retrieval_s)
+        found = self.retriever.retrieve(question, self.settings.k if k is None else k)
+        return self._fit(question, found, started, time.perf_counter() - started)
 
-    def _fit(self, question: str, found: Sequence[ScoredChunk]) -> tuple[list[Chunk], list[int]]:
+    def _fit(self, question: str, found: Sequence[ScoredChunk], started: float, retrieval_s: float) -> _Prepared:
         """The best chunks that fit the context together, whole, and the prompt that shows them."""
         limit = self.llm.max_seq_len - self.settings.max_tokens
         kept = sorted(found, key=lambda scored: -scored.score)
@@ -135,11 +139,11 @@ class DocumentQA:
             token_ids = self._encode(question, shown)
             n_tokens = len(token_ids)
             if n_tokens <= limit:
-                return shown, token_ids
+                return _Prepared(question, tuple(found), tuple(shown), token_ids, started, retrieval_s)
             kept.pop()
         if not found:
             self._encode(question, [])  # for the errors of the question itself
-            return [], []
+            return _Prepared(question, (), (), [], started, retrieval_s)
         raise ContextOverflowError(
             f"the best chunk and the question need {n_tokens} tokens beside {self.settings.max_tokens} for the reply, "
             f"but the model takes {self.llm.max_seq_len}; ask for a shorter reply (max_tokens), index with smaller "
@@ -200,6 +204,7 @@ class DocumentQA:
         elif outcome is not None:
             failure = str(outcome)
         claims, rejected = verify_claims(reply.claims, prepared.shown)
+        claims, outdated = self._check_offsets(claims)
         usage = result.usage if result else Usage(0, 0, 0)
         timings = result.timings if result else Timings(0.0, 0.0, 0.0)
         shown_labels = {chunk.label for chunk in prepared.shown}
@@ -208,7 +213,7 @@ class DocumentQA:
             answerable=bool(claims),
             text=" ".join(dict.fromkeys(claim.text for claim in claims)),
             claims=claims,
-            rejected=rejected,
+            rejected=rejected + outdated,
             truncated=reply.truncated,
             failure=failure,
             retrieved=tuple(_shown_chunk(scored, shown_labels) for scored in prepared.found),
@@ -221,6 +226,26 @@ class DocumentQA:
             ),
             raw=result.text if result else "",
         )
+
+    def _check_offsets(self, claims: Sequence[Claim]) -> tuple[tuple[Claim, ...], tuple[RejectedClaim, ...]]:
+        """Split off claims whose citation no longer holds because the index was changed since the chunk was retrieved.
+
+        Chunks come from outside, too (a framework's nodes may carry altered text), so this asks the index itself.
+        """
+        held: list[Claim] = []
+        outdated: list[RejectedClaim] = []
+        for claim in claims:
+            citation = claim.citation
+            try:
+                text = self.retriever.index.document_text(citation.source)
+            except RetrievalError:
+                text = ""
+            if text[citation.start : citation.end] == citation.quote:
+                held.append(claim)
+            else:
+                reason = f"{citation.source} in the index no longer has the quote where it was retrieved"
+                outdated.append(RejectedClaim(RawClaim(citation.label, citation.quote, claim.text), reason))
+        return tuple(held), tuple(outdated)
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,11 +317,10 @@ def _shown_chunk(scored: ScoredChunk, shown_labels: set[str]) -> ShownChunk:
 
 
 def _retriever_of(index: DocumentIndex | Retriever) -> Retriever:
-    if hasattr(index, "retrieve"):
-        return index
+    from exl2_rag.retrieval.index import DocumentIndex
     from exl2_rag.retrieval.retriever import Retriever
 
-    return Retriever(index)
+    return Retriever(index) if isinstance(index, DocumentIndex) else index
 
 
 def _raise_on_failure(answer: Answer) -> Answer:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from exl2_rag.errors import RetrievalError
 from exl2_rag.llm.chat_template import ChatTemplate, encode_chat
 from exl2_rag.llm.constraint import Constraint
 from exl2_rag.llm.request import GenerationResult, SamplingParams, Timings, Usage
@@ -65,6 +66,8 @@ class ListedChunks:
     def __init__(self, *chunks: Chunk) -> None:
         self.chunks = chunks
         self.asked_k: list[int] = []
+        self.texts = {document.source: document.text for document in (ENGINE_DOC, PETS_DOC)}
+        self.texts |= {chunk.source: chunk.text for chunk in chunks if chunk.source not in self.texts}
 
     @property
     def index(self) -> ListedChunks:
@@ -73,6 +76,14 @@ class ListedChunks:
     def retrieve(self, question: str, k: int = 5) -> list[ScoredChunk]:
         self.asked_k.append(k)
         return [ScoredChunk(chunk, 1.0 - n / 10) for n, chunk in enumerate(self.chunks[:k])]
+
+    def retrieve_many(self, questions: Sequence[str], k: int = 5) -> list[list[ScoredChunk]]:
+        return [self.retrieve(question, k) for question in questions]
+
+    def document_text(self, source: str) -> str:
+        if source not in self.texts:
+            raise RetrievalError(f"the index holds no document {source!r}")
+        return self.texts[source]
 
 
 class ScriptedEngine:

@@ -140,6 +140,19 @@ def test_a_page_number_comes_with_a_paged_document(tokenizer: Tokenizer) -> None
     assert scripted(tokenizer, reply, second).ask("How far?").claims[0].citation.page == 2
 
 
+@pytest.mark.parametrize("change", ["edited", "deleted"])
+def test_a_quote_from_a_document_that_has_changed_meanwhile_is_dropped(tokenizer: Tokenizer, change: str) -> None:
+    qa = scripted(tokenizer, answer_json([("d2", "Pages hold 32 tokens each.", "32")]))
+    texts = qa.retriever.texts  # type: ignore[attr-defined]
+    if change == "edited":
+        texts[ENGINE_DOC.source] = "New! " + ENGINE_DOC.text
+    else:
+        del texts[ENGINE_DOC.source]
+    answer = qa.ask("How many?")
+    assert not answer.answerable
+    assert "no longer has the quote" in answer.rejected[0].reason
+
+
 @pytest.mark.parametrize("reply", ["Sure! The answer is 32.", '{"answerable":true,"claims":[]}', ""])
 def test_a_reply_in_another_form_is_an_error(tokenizer: Tokenizer, reply: str) -> None:
     with pytest.raises(AnswerError):
@@ -299,7 +312,7 @@ HOSTILE = (
 
 
 def hostile_chunk(text: str, label: str = "d3") -> Any:
-    document = Document(source="evil.txt", title="Evil", text=text, media_type="text/plain")
+    document = Document(source=f"evil-{label}.txt", title="Evil", text=text, media_type="text/plain")
     return chunk_of(document, 0, len(text), label=label)
 
 
