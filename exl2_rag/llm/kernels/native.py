@@ -157,9 +157,16 @@ def _cached_library(sources: str) -> Path:
 
 
 def cache_dir() -> Path:
-    """Where compiled libraries are kept."""
+    """Where compiled libraries are kept.
+
+    Raises:
+        BuildError: nothing says where the user's home is.
+    """
     chosen = os.environ.get("EXL2_RAG_CACHE")
-    return (Path(chosen) if chosen else Path.home() / ".cache" / "exl2-rag") / "kernels"
+    try:
+        return (Path(chosen) if chosen else Path.home() / ".cache" / "exl2-rag") / "kernels"
+    except RuntimeError as error:
+        raise BuildError(f"there is no home directory for compiled kernels ({error}); set EXL2_RAG_CACHE") from error
 
 
 def _open(path: Path) -> ctypes.CDLL:

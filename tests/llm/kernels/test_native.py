@@ -112,6 +112,16 @@ def test_a_cache_that_cannot_be_written_leaves_the_reference_kernels(tmp_path):
     assert "cannot write to" in said
 
 
+def test_a_process_without_a_home_is_told_to_name_a_cache(monkeypatch):
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("EXL2_RAG_CACHE", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(library_build.BuildError, match="set EXL2_RAG_CACHE"):
+        native.cache_dir()
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
