@@ -1,11 +1,10 @@
-"""Scores for answers: exact match and F1 as SQuAD counts them, abstention, and two baselines without a model.
+"""Scores for answers: exact match and F1 as SQuAD counts them, abstention, and what a baseline without a model needs.
 
 Knows texts only; what is measured with it stands in `benchmarks/answers.py`.
 """
 
 from __future__ import annotations
 
-import random
 import re
 import string
 from collections import Counter
@@ -92,11 +91,6 @@ def abstention(cases: Iterable[tuple[bool, bool]]) -> Abstention:
 def sentences(passage: str) -> list[str]:
     """The sentences of a passage, verbatim."""
     return [passage[start:end] for start, end in split_sentences(passage)]
-
-
-def random_sentence(passage: str, rng: random.Random) -> str:
-    """Baseline: any sentence of the passage."""
-    return rng.choice(sentences(passage))
 
 
 def best_overlap_sentence(question: str, passage: str) -> str:
