@@ -6,6 +6,7 @@ of its vector.
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Sequence
 from functools import cached_property
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 Vectors = NDArray[np.float32]
-IDENTITY_FILES = ("model.safetensors", "tokenizer.json", "modules.json", "sentence_bert_config.json")
+IDENTITY_SUFFIXES = (".safetensors", ".bin", ".json")
+"""Files of a model directory that determine its vectors: weights, tokenizer, configuration of every module."""
 
 
 @runtime_checkable
@@ -77,22 +79,30 @@ class SentenceTransformerEmbedder:
     def id(self) -> str:
         """Name and content hash of the model."""
         digest = xxhash.xxh3_128()
-        for name in IDENTITY_FILES:
-            path = self.model_dir / name
-            if path.is_file():
-                digest.update(name.encode())
-                digest.update(path.read_bytes())
+        for path in sorted(self.model_dir.rglob("*")):
+            if path.suffix in IDENTITY_SUFFIXES and path.is_file():
+                digest.update(path.relative_to(self.model_dir).as_posix().encode())
+                with path.open("rb") as file:
+                    while part := file.read(1 << 20):
+                        digest.update(part)
         return f"{self._name()}@{digest.hexdigest()}"
 
-    @property
+    @cached_property
     def dimension(self) -> int:
         """Length of a vector."""
-        return int(self._model.get_embedding_dimension())
+        size = _read_json(self.model_dir / "config.json").get("hidden_size")
+        modules = {path.parent.name for path in self.model_dir.glob("*/config.json")}
+        if isinstance(size, int) and all(name.endswith(("_Pooling", "_Normalize")) for name in modules):
+            return size
+        return int(self._model.get_embedding_dimension())  # a module that changes the size; only the model knows
 
-    @property
+    @cached_property
     def max_tokens(self) -> int:
         """Tokens of a text at most, special tokens not counted."""
-        return int(self._model.max_seq_length) - self._n_special
+        longest = _read_json(self.model_dir / "sentence_bert_config.json").get("max_seq_length")
+        if not isinstance(longest, int):
+            longest = self._model.max_seq_length
+        return int(longest) - self._n_special
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text, special tokens not counted."""
@@ -115,7 +125,7 @@ class SentenceTransformerEmbedder:
                     f"the embedder {self._name()} reads {self.max_tokens} tokens at most, got a text of {count} "
                     f"({text[:60]!r}…); split it, or use an embedder that reads more"
                 )
-        with self._lock:
+        with self._lock:  # also while it is loaded: two threads must not load it twice
             vectors = self._model.encode(
                 list(texts), normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
             )
@@ -127,19 +137,23 @@ class SentenceTransformerEmbedder:
         from transformers.utils import logging
 
         shown = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()  # a bar for a model of 90 MB is only noise
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a bar for 90 MB is noise
         try:
             return SentenceTransformer(str(self.model_dir), device="cpu", local_files_only=True)
         finally:
             if shown:
-                logging.enable_progress_bar()
+                logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        """The model's tokenizer without its truncation, to count what would be cut."""
+        """The model's tokenizer without its truncation, to count what would be cut. Needs no model loaded."""
         from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_str(self._model.tokenizer.backend_tokenizer.to_str())
+        path = self.model_dir / "tokenizer.json"
+        if path.is_file():
+            tokenizer = Tokenizer.from_file(str(path))
+        else:
+            tokenizer = Tokenizer.from_str(self._model.tokenizer.backend_tokenizer.to_str())
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer
@@ -151,6 +165,16 @@ class SentenceTransformerEmbedder:
     def _name(self) -> str:
         """The model's name; one that lies in a package's `model` folder goes by the package's name."""
         return self.model_dir.parent.name if self.model_dir.name == "model" else self.model_dir.name
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelNotFoundError(f"{path} is not JSON ({error}); download the model again") from error
+    return values if isinstance(values, dict) else {}
 
 
 def default_embedder() -> SentenceTransformerEmbedder:

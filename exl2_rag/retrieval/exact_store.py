@@ -1,24 +1,30 @@
-"""Vectors in one numpy array, searched exhaustively: exact, and quick up to some 100,000 chunks."""
+"""Vectors in one numpy array, searched exhaustively: exact, and quick up to some 100,000 chunks.
+
+Kept in one SQLite file, so that adding a few chunks writes a few rows, and a killed process leaves whole rows.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import zipfile
+import sqlite3
+import threading
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from exl2_rag.errors import RetrievalError
 from exl2_rag.retrieval.embedding import Vectors
 from exl2_rag.retrieval.store import Metadata
 
-FILE_NAME = "vectors.npz"
+FILE_NAME = "vectors.sqlite"
+_SCHEMA = "CREATE TABLE IF NOT EXISTS vectors (id TEXT PRIMARY KEY, metadata TEXT NOT NULL, vector BLOB NOT NULL)"
 
 
 class ExactStore:
-    """An exact store in memory, kept in one file.
+    """An exact store, in memory and in one file.
 
     Args:
         directory: where the file is; None keeps everything in memory only.
@@ -29,94 +35,105 @@ class ExactStore:
     """
 
     def __init__(self, directory: Path | None, *, dimension: int) -> None:
-        self._path = None if directory is None else directory / FILE_NAME
-        self._ids: list[str] = []
-        self._rows: dict[str, int] = {}
-        self._vectors: Vectors = np.zeros((0, dimension), dtype=np.float32)
-        self._metadata: list[Metadata] = []
-        self._dirty = False
-        if self._path is not None and self._path.exists():
-            self._read(self._path)
+        self._dimension = dimension
+        self._lock = threading.RLock()
+        self._place = ":memory:" if directory is None else str(directory / FILE_NAME)
+        try:
+            self._database = sqlite3.connect(self._place, check_same_thread=False)
+            with self._database:
+                self._database.execute(_SCHEMA)
+            self._rows: _Rows | None = self._read()
+        except sqlite3.DatabaseError as error:
+            raise RetrievalError(
+                f"{self._place} cannot be read ({error}); delete that file, it is made again from the manifest"
+            ) from error
 
     def upsert(self, ids: Sequence[str], vectors: Vectors, metadata: Sequence[Metadata]) -> None:
         """Add vectors [n, dimension], or replace those of the same id."""
-        if vectors.shape != (len(ids), self._vectors.shape[1]) or len(metadata) != len(ids):
+        if vectors.shape != (len(ids), self._dimension) or len(metadata) != len(ids):
             raise RetrievalError(
-                f"expected {len(ids)} vectors of length {self._vectors.shape[1]} and as much metadata, "
+                f"expected {len(ids)} vectors of length {self._dimension} and as much metadata, "
                 f"got {vectors.shape} and {len(metadata)}; the index was made with another embedder"
             )
-        new = []
-        for i, identifier in enumerate(ids):
-            if (row := self._rows.get(identifier)) is not None:
-                self._vectors[row] = vectors[i]
-                self._metadata[row] = metadata[i]
-            else:
-                self._rows[identifier] = len(self._ids)
-                self._ids.append(identifier)
-                self._metadata.append(metadata[i])
-                new.append(i)
-        self._vectors = np.concatenate([self._vectors, vectors[new].astype(np.float32)])
-        self._dirty = True
+        rows = [
+            (identifier, json.dumps(dict(about)), np.ascontiguousarray(vector, dtype="<f4").tobytes())
+            for identifier, about, vector in zip(ids, metadata, vectors, strict=True)
+        ]
+        with self._lock, self._database:
+            self._database.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?)", rows)
+            self._rows = None
 
     def delete(self, ids: Sequence[str]) -> None:
         """Remove vectors; unknown ids are fine."""
-        gone = {self._rows[identifier] for identifier in ids if identifier in self._rows}
-        if not gone:
-            return
-        kept = [row for row in range(len(self._ids)) if row not in gone]
-        self._ids = [self._ids[row] for row in kept]
-        self._metadata = [self._metadata[row] for row in kept]
-        self._vectors = self._vectors[kept]
-        self._rows = {identifier: row for row, identifier in enumerate(self._ids)}
-        self._dirty = True
+        with self._lock, self._database:
+            self._database.executemany("DELETE FROM vectors WHERE id = ?", [(identifier,) for identifier in ids])
+            self._rows = None
 
     def query(self, vector: Vectors, k: int, where: Metadata | None = None) -> list[tuple[str, float]]:
-        """The k nearest to `vector` [dimension] as (id, cosine similarity), best first."""
-        if where is None:
-            rows = np.arange(len(self._ids))
-        else:
-            wanted = where.items()
-            rows = np.array([row for row, held in enumerate(self._metadata) if wanted <= held.items()], dtype=np.int64)
-        similarity = self._vectors[rows] @ vector
-        best = np.argsort(-similarity, kind="stable")[:k]
-        return [(self._ids[rows[i]], float(similarity[i])) for i in best]
+        """The k nearest to `vector` [dimension] as (id, cosine similarity), best first, ties by id."""
+        rows = self._current()
+        chosen = rows.matching(where)
+        similarity = rows.matrix @ vector if where is None else rows.matrix[chosen] @ vector
+        return [(rows.ids[chosen[i]], float(similarity[i])) for i in _largest(similarity, k)]
+
+    def vectors(self, ids: Sequence[str]) -> dict[str, Vectors]:
+        """The vectors [dimension] of those of these ids that are there."""
+        rows = self._current()
+        return {identifier: rows.matrix[rows.row_of[identifier]] for identifier in ids if identifier in rows.row_of}
 
     def ids(self) -> set[str]:
         """All ids."""
-        return set(self._ids)
+        return set(self._current().ids)
 
     def count(self) -> int:
         """How many vectors there are."""
-        return len(self._ids)
-
-    def flush(self) -> None:
-        """Write the file, whole or not at all."""
-        if self._path is None or not self._dirty:
-            return
-        temporary = self._path.with_name(FILE_NAME + ".new")
-        with temporary.open("wb") as file:
-            metadata = json.dumps([dict(one) for one in self._metadata])
-            np.savez(file, vectors=self._vectors, ids=np.array(json.dumps(self._ids)), metadata=np.array(metadata))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._path)
-        self._dirty = False
+        return len(self._current().ids)
 
     def close(self) -> None:
-        """Write what is not yet written."""
-        self.flush()
+        """Close the file."""
+        with self._lock:
+            self._database.close()
 
-    def _read(self, path: Path) -> None:
-        try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
-                vectors = held["vectors"]
-                ids, metadata = json.loads(str(held["ids"])), json.loads(str(held["metadata"]))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise RetrievalError(f"{path} cannot be read ({error}); delete the index and make it again") from error
-        if vectors.shape != (len(ids), self._vectors.shape[1]) or len(metadata) != len(ids):
+    def _current(self) -> _Rows:
+        with self._lock:
+            if self._rows is None:
+                self._rows = self._read()
+            return self._rows
+
+    def _read(self) -> _Rows:
+        with closing(self._database.execute("SELECT id, metadata, vector FROM vectors ORDER BY id")) as cursor:
+            found = cursor.fetchall()
+        if any(len(vector) != 4 * self._dimension for _, _, vector in found):
             raise RetrievalError(
-                f"{path} holds vectors of shape {vectors.shape} for {len(ids)} chunks, expected length "
-                f"{self._vectors.shape[1]}; delete the index and make it again"
+                f"{self._place} holds vectors of another length than {self._dimension}; the index was made with "
+                "another embedder: delete that file, it is made again from the manifest"
             )
-        self._vectors, self._ids, self._metadata = vectors.astype(np.float32), ids, metadata
-        self._rows = {identifier: row for row, identifier in enumerate(ids)}
+        return _Rows(found, self._dimension)
+
+
+class _Rows:
+    """The stored rows as arrays. Never modified, so a query may go on while the store changes."""
+
+    def __init__(self, rows: Sequence[tuple[str, str, bytes]], dimension: int) -> None:
+        self.ids = [row[0] for row in rows]
+        self.row_of = {identifier: row for row, identifier in enumerate(self.ids)}
+        self.metadata: list[Metadata] = [json.loads(row[1]) for row in rows]
+        joined = b"".join(row[2] for row in rows)
+        self.matrix: Vectors = np.frombuffer(joined, dtype="<f4").astype(np.float32).reshape(len(rows), dimension)
+
+    def matching(self, where: Metadata | None) -> NDArray[np.intp]:
+        """Rows whose metadata has all of these values."""
+        if where is None:
+            return np.arange(len(self.ids))
+        wanted = where.items()
+        return np.array([row for row, held in enumerate(self.metadata) if wanted <= held.items()], dtype=np.intp)
+
+
+def _largest(values: NDArray[np.float32], k: int) -> NDArray[np.intp]:
+    """Indexes of the k largest values, largest first, ties by index."""
+    if k < len(values):
+        threshold = np.partition(values, len(values) - k)[len(values) - k]
+        candidates = np.flatnonzero(values >= threshold)
+    else:
+        candidates = np.arange(len(values))
+    return candidates[np.argsort(-values[candidates], kind="stable")][:k]

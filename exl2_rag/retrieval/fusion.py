@@ -13,15 +13,20 @@ RANK_CONSTANT = 60
 
 
 def fuse_scores(dense: Ranking, lexical: Ranking, *, dense_weight: float = 0.5) -> list[tuple[str, float]]:
-    """Min-max normalise both rankings and add them; who is missing from one counts as its worst.
+    """Normalise both rankings by their best score and add them; who is missing from one counts 0 there.
+
+    This is min-max normalisation with the scores' natural minimum, 0: no likeness, no word in common. The lowest score
+    among the candidates would make the result depend on how many were fetched.
 
     Returns:
         All ids of either ranking, best first, ties by id. Scores lie between 0 and 1.
     """
     total: dict[str, float] = {}
     for ranking, weight in ((dense, dense_weight), (lexical, 1 - dense_weight)):
-        for identifier, score in _normalised(ranking):
-            total[identifier] = total.get(identifier, 0.0) + weight * score
+        best = max((score for _, score in ranking), default=0.0)
+        for identifier, score in ranking:
+            share = max(0.0, score) / best if best > 0 else 0.0
+            total[identifier] = total.get(identifier, 0.0) + weight * share
     return _sorted(total)
 
 
@@ -36,16 +41,6 @@ def fuse_ranks(dense: Ranking, lexical: Ranking) -> list[tuple[str, float]]:
         for rank, (identifier, _) in enumerate(ranking, start=1):
             total[identifier] = total.get(identifier, 0.0) + 1 / (RANK_CONSTANT + rank)
     return _sorted(total)
-
-
-def _normalised(ranking: Ranking) -> list[tuple[str, float]]:
-    if not ranking:
-        return []
-    scores = [score for _, score in ranking]
-    low, high = min(scores), max(scores)
-    if high == low:
-        return [(identifier, 1.0) for identifier, _ in ranking]
-    return [(identifier, (score - low) / (high - low)) for identifier, score in ranking]
 
 
 def _sorted(total: dict[str, float]) -> list[tuple[str, float]]:

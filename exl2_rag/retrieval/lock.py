@@ -21,7 +21,7 @@ class DirectoryLock:
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(directory / ".lock")
+        self._lock = FileLock(directory / ".lock", thread_local=False)  # any thread may release it
         try:
             self._lock.acquire(timeout=0)
         except Timeout as error:

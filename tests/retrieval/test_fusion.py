@@ -14,11 +14,21 @@ LEXICAL = [("b", 12.0), ("d", 6.0), ("a", 2.0)]
 
 def test_scores_are_normalised_and_weighted() -> None:
     assert fuse_scores(DENSE, LEXICAL) == [
-        ("b", pytest.approx(0.5 * 0.5 + 0.5 * 1)),
-        ("a", pytest.approx(0.5 * 1 + 0)),
-        ("d", pytest.approx(0.5 * 0.4)),
-        ("c", pytest.approx(0)),
+        ("b", pytest.approx(0.5 * 5 / 9 + 0.5 * 1)),
+        ("a", pytest.approx(0.5 * 1 + 0.5 * 2 / 12)),
+        ("d", pytest.approx(0.5 * 6 / 12)),
+        ("c", pytest.approx(0.5 * 1 / 9)),
     ]
+
+
+def test_the_result_does_not_depend_on_how_many_candidates_there_are() -> None:
+    fewer = dict(fuse_scores(DENSE[:2], LEXICAL[:2]))
+    more = dict(fuse_scores(DENSE, LEXICAL[:2]))
+    assert fewer == {identifier: more[identifier] for identifier in fewer}
+
+
+def test_a_score_below_zero_counts_as_zero() -> None:
+    assert fuse_scores([("a", -0.2), ("b", -0.1)], [("b", 1.0)]) == [("b", 0.5), ("a", 0.0)]
 
 
 def test_a_weight_of_one_ranks_by_the_dense_score_alone() -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,12 +98,43 @@ def test_vectors_of_another_length_are_refused(opener: Opener) -> None:
     store.close()
 
 
+def test_vectors_come_back_by_id_and_unknown_ids_are_left_out(opener: Opener) -> None:
+    store = filled(opener)
+    held = store.vectors(["c7", "nobody", "c2"])
+    assert set(held) == {"c7", "c2"}
+    assert np.allclose(held["c7"], unit(0, 20)[7], atol=1e-6)
+    store.close()
+
+
+def test_more_vectors_than_one_batch_takes_are_stored_and_listed(opener: Opener, monkeypatch) -> None:
+    store = opener()
+    if isinstance(store, ChromaStore):
+        monkeypatch.setattr(store, "_batch_size", 3)
+    store.upsert([f"c{i}" for i in range(20)], unit(0, 20), [{"n": i} for i in range(20)])
+    assert store.ids() == {f"c{i}" for i in range(20)}
+    assert len(store.vectors([f"c{i}" for i in range(20)])) == 20
+    store.delete([f"c{i}" for i in range(10)])
+    assert store.count() == 10
+    store.close()
+
+
+def test_a_store_can_be_closed_twice_and_in_another_thread(opener: Opener) -> None:
+    store = filled(opener)
+    thread = threading.Thread(target=store.close)
+    thread.start()
+    thread.join()
+    store.close()
+    again = opener()
+    assert again.count() == 20
+    again.close()
+
+
 def test_a_damaged_file_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
     store = filled(lambda: ExactStore(tmp_path, dimension=DIMENSION))
     store.close()
     path = tmp_path / FILE_NAME
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(RetrievalError, match="make it again"):
+    path.write_bytes(b"no database" * 100)
+    with pytest.raises(RetrievalError, match="made again from the manifest"):
         ExactStore(tmp_path, dimension=DIMENSION)
 
 
