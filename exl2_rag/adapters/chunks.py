@@ -1,15 +1,15 @@
-"""A retrieved chunk as the metadata both frameworks carry beside its text. Knows no framework."""
+"""A retrieved chunk as the metadata both frameworks carry beside its text, and the retriever that found it. Knows no
+framework."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exl2_rag.errors import SettingsError
 
 if TYPE_CHECKING:
-    from exl2_rag.retrieval import DocumentIndex
     from exl2_rag.retrieval.document import ScoredChunk
+    from exl2_rag.retrieval.retriever import Retriever
 
 
 def chunk_metadata(found: ScoredChunk) -> dict[str, Any]:
@@ -27,20 +27,20 @@ def chunk_metadata(found: ScoredChunk) -> dict[str, Any]:
     }
 
 
-def find_index(index: Any, index_dir: str | Path | None) -> DocumentIndex:
-    """The index given, or the one at a path, opened.
+def find_retriever(index: Any) -> Retriever:
+    """The retriever given, or one with the default settings over the index given.
 
     Raises:
-        SettingsError: neither or both are given, or `index` is not an index.
-        RetrievalError: the index cannot be opened.
+        SettingsError: it is neither.
     """
-    from exl2_rag.retrieval import DocumentIndex
+    from exl2_rag.retrieval.index import DocumentIndex
+    from exl2_rag.retrieval.retriever import Retriever
 
-    if (index is None) == (index_dir is None):
-        given = "neither" if index is None else "both"
-        raise SettingsError(f"expected either index=<DocumentIndex> or index_dir=<directory>, got {given}")
-    if index_dir is not None:
-        return DocumentIndex.open(Path(index_dir))
-    if not isinstance(index, DocumentIndex):
-        raise SettingsError(f"index must be a DocumentIndex, got {type(index).__name__}; to open one use index_dir=…")
+    if isinstance(index, DocumentIndex):
+        return Retriever(index)
+    if not isinstance(index, Retriever):
+        raise SettingsError(
+            f"index must be a DocumentIndex or a Retriever, got {type(index).__name__}; "
+            "open one with DocumentIndex.open(directory)"
+        )
     return index

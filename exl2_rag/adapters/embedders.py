@@ -12,7 +12,6 @@ from exl2_rag.retrieval.embedding import Embedder, SentenceTransformerEmbedder, 
 # Loaded ones by directory; None is the default one.
 _embedders: dict[Path | None, Embedder] = {}
 _embedders_lock = threading.Lock()
-METHODS = ("embed", "embed_queries")
 
 
 def find_embedder(embedder: Any, model_dir: str | Path | None) -> Embedder:
@@ -30,10 +29,9 @@ def find_embedder(embedder: Any, model_dir: str | Path | None) -> Embedder:
             if path not in _embedders:
                 _embedders[path] = default_embedder() if path is None else SentenceTransformerEmbedder(path)
             return _embedders[path]
-    if missing := [name for name in METHODS if not callable(getattr(embedder, name, None))]:
+    if not isinstance(embedder, Embedder):
         raise SettingsError(
-            f"embedder must be an Embedder, got {type(embedder).__name__}, which has no {missing[0]}(); "
+            f"embedder must be an Embedder, got {type(embedder).__name__}; "
             "to name a sentence-transformers directory write model_dir=…"
         )
-    found: Embedder = embedder
-    return found
+    return embedder

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from exl2_rag import ExL2LLM
+from exl2_rag.retrieval.index import DocumentIndex
+from tests.adapters.document_index import make_index
 from tests.adapters.fake_engine import FakeEngine
 from tests.support.synthetic import make_model_dir
 
@@ -26,3 +28,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def llm(model_dir: Path) -> Iterator[ExL2LLM]:
     with ExL2LLM(model_dir, num_threads=1) as llm:
         yield llm
+
+
+@pytest.fixture(scope="session")
+def document_index(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DocumentIndex]:
+    with make_index(tmp_path_factory.mktemp("indexes") / "index") as index:
+        yield index

@@ -40,5 +40,5 @@ class ExL2Embeddings(BaseModel, Embeddings):
         return [[float(number) for number in vector] for vector in self._embedder.embed(texts)]
 
     def embed_query(self, text: str) -> list[float]:
-        """A vector for a question, with the model's query prompt if it has one."""
-        return [float(number) for number in self._embedder.embed_queries([text])[0]]
+        """A vector for one text; the same as `embed_documents` gives."""
+        return self.embed_documents([text])[0]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from langchain_core.callbacks import CallbackManagerForRetrieverRun
+from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
+from langchain_core.runnables.config import run_in_executor
 from pydantic import ConfigDict, Field, PrivateAttr
 
-from exl2_rag.adapters.chunks import chunk_metadata, find_index
+from exl2_rag.adapters.chunks import chunk_metadata, find_retriever
 
 
 class ExL2Retriever(BaseRetriever):
@@ -19,28 +19,29 @@ class ExL2Retriever(BaseRetriever):
     The metadata of a document holds `source`, `title`, `heading`, `page`, `start`, `end`, `label` and `score`.
 
     Attributes:
-        index: a `DocumentIndex`; or
-        index_dir: the directory of one.
+        index: an open `DocumentIndex`, or a `Retriever` over one with settings of its own. It stays the caller's.
         k: how many chunks; a call may override it: `retriever.invoke(question, k=3)`.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
-    index: Any = Field(default=None, exclude=True, repr=False)
-    index_dir: str | Path | None = None
+    index: Any = Field(exclude=True, repr=False)
     k: int = Field(default=5, ge=1)
 
     _retriever: Any = PrivateAttr(default=None)
 
     def model_post_init(self, context: Any, /) -> None:
-        """Open the index, so that a wrong path shows at once."""
-        from exl2_rag.retrieval import Retriever
-
+        """Check the index, so that a mistake shows at once."""
         super().model_post_init(context)
-        self._retriever = Retriever(find_index(self.index, self.index_dir))
+        self._retriever = find_retriever(self.index)
 
     def _get_relevant_documents(
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun, k: int | None = None
     ) -> list[Document]:
         found = self._retriever.retrieve(query, k=self.k if k is None else k)
         return [Document(id=f.chunk.chunk_id, page_content=f.chunk.text, metadata=chunk_metadata(f)) for f in found]
+
+    async def _aget_relevant_documents(
+        self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, k: int | None = None
+    ) -> list[Document]:
+        return await run_in_executor(None, self._get_relevant_documents, query, run_manager=run_manager.get_sync(), k=k)

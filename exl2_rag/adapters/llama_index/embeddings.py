@@ -49,7 +49,7 @@ class ExL2Embedding(BaseEmbedding):
         return self._get_text_embeddings([text])[0]
 
     def _get_query_embedding(self, query: str) -> list[float]:
-        return [float(number) for number in self._embedder.embed_queries([query])[0]]
+        return self._get_text_embeddings([query])[0]
 
     async def _aget_text_embeddings(self, texts: list[str]) -> list[list[float]]:
         return await asyncio.to_thread(self._get_text_embeddings, texts)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 
-from exl2_rag.adapters.chunks import chunk_metadata, find_index
+from exl2_rag.adapters.chunks import chunk_metadata, find_retriever
 from exl2_rag.errors import SettingsError
 
 if TYPE_CHECKING:
-    from exl2_rag.retrieval import DocumentIndex
     from exl2_rag.retrieval.document import ScoredChunk
+    from exl2_rag.retrieval.index import DocumentIndex
+    from exl2_rag.retrieval.retriever import Retriever
 
 # LlamaIndex puts metadata in front of a node's text in every prompt. Only the title stays the same from question to
 # question and means something to a model; a score there would spoil prefix reuse.
@@ -27,22 +27,18 @@ class ExL2Retriever(BaseRetriever):
     The metadata of a node holds `source`, `title`, `heading`, `page`, `start`, `end`, `label` and `score`.
 
     Args:
-        index: an open `DocumentIndex`; or
-        index_dir: the directory of one.
+        index: an open `DocumentIndex`, or a `Retriever` over one with settings of its own. It stays the caller's.
         k: how many chunks.
 
     Raises:
-        SettingsError: neither or both of index and directory are given, or k is below 1.
-        RetrievalError: the index cannot be opened.
+        SettingsError: `index` is neither, or k is below 1.
     """
 
-    def __init__(self, index: DocumentIndex | None = None, *, index_dir: str | Path | None = None, k: int = 5) -> None:
-        from exl2_rag.retrieval import Retriever
-
+    def __init__(self, index: DocumentIndex | Retriever, *, k: int = 5) -> None:
         if k < 1:
             raise SettingsError(f"k must be at least 1, got {k}")
         self.k = k
-        self._retriever = Retriever(find_index(index, index_dir))
+        self._retriever = find_retriever(index)
         super().__init__()
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:

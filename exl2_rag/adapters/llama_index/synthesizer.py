@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from exl2_rag.llm.api import ExL2LLM
     from exl2_rag.qa.answer import Answer
     from exl2_rag.qa.settings import QASettings
-    from exl2_rag.retrieval import DocumentIndex
+    from exl2_rag.retrieval.index import DocumentIndex
 
 DECLINED_TEXT = "The documents do not hold an answer."
 
