@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> list[list[dict[str, Any]]]:
         DocumentIndex.create_or_open(Path(directory) / "index") as index,
     ):
         report = index.update(DOCUMENTS)
-        print(f"indexed {report.indexed} documents, {report.n_chunks} chunks")
+        print(f"indexed {len(report.indexed)} documents, {report.n_chunks} chunks")
         chain = build_chain(llm, index)
         for question in QUESTIONS:
             usage = UsageMetadataCallbackHandler()

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Response]:
         DocumentIndex.create_or_open(Path(directory) / "index") as index,
     ):
         report = index.update(DOCUMENTS)
-        print(f"indexed {report.indexed} documents, {report.n_chunks} chunks")
+        print(f"indexed {len(report.indexed)} documents, {report.n_chunks} chunks")
         engine = build_query_engine(llm, index)
         for question in QUESTIONS:
             response = engine.query(question)

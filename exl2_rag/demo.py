@@ -29,10 +29,10 @@ def documents_dir() -> Path:
         ModelNotFoundError: this installation was built without them.
     """
     package = Path(__file__).parent
-    for directory in (package / "demo_documents", package.parent / "examples" / "document_qa" / "documents"):
+    for directory in (package / "documents", package.parent / "examples" / "document_qa" / "documents"):
         if directory.is_dir():
             return directory
     raise ModelNotFoundError(
-        f"expected the demo documents in {package / 'demo_documents'}, found none; install the package from its wheel "
+        f"expected the demo documents in {package / 'documents'}, found none; install the package from its wheel "
         "or run the demo in its repository"
     )

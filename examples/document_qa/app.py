@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> list[Answer]:
     answers = []
     with DocumentIndex.create_or_open(options.index) as index:
         report = index.update(options.folder)
-        print(f"{report.n_chunks} chunks; {report.indexed} files read, {report.unchanged} unchanged")
+        print(f"{report.n_chunks} chunks; {len(report.indexed)} files read, {len(report.unchanged)} unchanged")
         for refusal in report.refused:
             print(f"  not read: {refusal.path}: {refusal.message}")
         with ExL2LLM(options.model or model_dir()) as llm:

@@ -58,7 +58,7 @@ def update_index(index: DocumentIndex, folder: Path, *, quiet: bool = False) -> 
 
 def print_report(report: IndexReport) -> None:
     """What was read, what was not, and why."""
-    counts = f"{report.indexed} indexed, {report.unchanged} unchanged, {report.removed} removed"
+    counts = f"{len(report.indexed)} indexed, {len(report.unchanged)} unchanged, {len(report.removed)} removed"
     out.print(f"{counts}; {report.n_chunks} chunks in the index")
     if not report.refused:
         return
