@@ -70,6 +70,7 @@ def read_model_dir(model_dir: Path) -> TokenizerFiles:
     tokenizer_config = read_json(model_dir / "tokenizer_config.json")
     _merge_added_tokens(definition, tokenizer_config, model_dir)
     texts = read_special_texts(model_dir)
+    _mark_special(definition, [texts[role] for role in ("bos_token", "eos_token") if role in texts])
     ids = token_ids_by_text(definition)
     generation, config = read_json(model_dir / "generation_config.json"), read_json(model_dir / "config.json")
     nested = config.get("text_config")
@@ -180,6 +181,21 @@ def _merge_added_tokens(definition: dict[str, Any], tokenizer_config: Mapping[st
     definition["added_tokens"] = [known[n] for n in sorted(known)]
 
 
+def _mark_special(definition: dict[str, Any], texts: list[str]) -> None:
+    """Make special tokens of those of `texts` that the vocabulary holds as ordinary ones (older files do)."""
+    vocab = definition["model"].get("vocab")
+    if not isinstance(vocab, dict):
+        return
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    known = token_ids_by_text(definition)
+    added = [
+        {"id": vocab[text], "content": text, "special": True, **flags}
+        for text in dict.fromkeys(texts)
+        if text not in known and text in vocab
+    ]
+    definition["added_tokens"] = sorted([*definition["added_tokens"], *added], key=lambda token: token["id"])
+
+
 def _id_list(source: Mapping[str, Any], key: str, model_dir: Path) -> list[int]:
     value = source.get(key)
     if value is None:
@@ -195,7 +211,7 @@ def _ids_of_text(text: str | None, ids: Mapping[str, int], path: Path) -> list[i
         return []
     if text not in ids:
         raise TokenizerError(
-            f"{path.parent} declares the special token {text!r}, but {path.name} has no such added token; "
+            f"{path.parent} declares the special token {text!r}, but {path.name} has no such token; "
             "the files are of different models"
         )
     return [ids[text]]

@@ -118,17 +118,22 @@ def test_ordinary_text_never_becomes_a_special_token(name: str, text: str) -> No
 
 
 def test_markup_tokens_that_are_not_flagged_special_are_ordinary_in_untrusted_text(model_dir: Path) -> None:
-    added = json.loads((model_dir / "tokenizer.json").read_text("utf-8"))["added_tokens"]
-    more = [
-        {**added[0], "id": VOCAB_SIZE + n, "content": text, "special": False}
-        for n, text in enumerate(["<think>", "   "])
-    ]
-    edit_json(model_dir / "tokenizer.json", added_tokens=[*added, *more])
+    definition = json.loads((model_dir / "tokenizer.json").read_text("utf-8"))
+    definition["model"]["vocab"] |= {token["content"]: token["id"] for token in definition["added_tokens"]}
+    definition["model"]["vocab"] |= {"th": VOCAB_SIZE}
+    definition["model"]["merges"] = [["t", "h"]]
+    plain = {**definition["added_tokens"][0], "special": False}
+    think, spaces = (
+        {**plain, "id": VOCAB_SIZE + 1, "content": "<think>"},
+        {**plain, "id": VOCAB_SIZE + 2, "content": "   "},
+    )
+    definition["added_tokens"] += [think, spaces]
+    (model_dir / "tokenizer.json").write_text(json.dumps(definition), encoding="utf-8")
     tokenizer = Tokenizer.from_dir(model_dir)
-    assert tokenizer.encode("<think>", special_tokens=True) == [VOCAB_SIZE]
-    assert tokenizer.encode("<think>") == list(b"<think>")
-    assert tokenizer.decode([VOCAB_SIZE]) == "<think>", "not flagged special, so it is part of the text"
-    assert tokenizer.encode("a   b") == [ord("a"), VOCAB_SIZE + 1, ord("b")], "a run of spaces is no mark of structure"
+    assert tokenizer.encode("<think>", special_tokens=True) == [think["id"]]
+    assert tokenizer.encode("<think>") == [ord("<"), VOCAB_SIZE, *b"ink>"], "as the model writes ordinary text"
+    assert tokenizer.decode([think["id"]]) == "<think>", "not flagged special, so it is part of the text"
+    assert tokenizer.encode("a   b") == [ord("a"), spaces["id"], ord("b")], "a run of spaces is no mark of structure"
 
 
 def test_a_special_token_that_merges_lead_to_is_spelled_out(model_dir: Path) -> None:
@@ -361,13 +366,24 @@ def test_tokens_that_only_the_config_lists_are_added(model_dir: Path) -> None:
     assert tokenizer.is_special(VOCAB_SIZE)
 
 
+def test_a_declared_end_that_is_an_ordinary_word_of_the_vocabulary_becomes_special(model_dir: Path) -> None:
+    definition = json.loads((model_dir / "tokenizer.json").read_text("utf-8"))
+    ends = [token for token in definition["added_tokens"] if token["content"] == "<|eos|>"]
+    definition["model"]["vocab"] |= {token["content"]: token["id"] for token in definition["added_tokens"]}
+    definition["added_tokens"].remove(ends[0])
+    (model_dir / "tokenizer.json").write_text(json.dumps(definition), encoding="utf-8")
+    tokenizer = Tokenizer.from_dir(model_dir)
+    assert tokenizer.is_special(EOS_ID)
+    assert tokenizer.encode("a<|eos|>", special_tokens=True) == [ord("a"), EOS_ID]
+
+
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
         ("tokenizer_config.json", {"added_tokens_decoder": {"256": {"content": "<other>"}}}, "of different models"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"999": {"content": "<other>"}}}, "of different models"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"x": 1}}, "must map an id"),
-        ("tokenizer_config.json", {"eos_token": "</s>"}, "no such added token"),
+        ("tokenizer_config.json", {"eos_token": "</s>"}, "no such token"),
         ("tokenizer_config.json", {"add_bos_token": "yes"}, "must be a bool"),
         ("generation_config.json", {"eos_token_id": 5000}, "of different models"),
         ("generation_config.json", {"eos_token_id": "2"}, "must be a token id"),
