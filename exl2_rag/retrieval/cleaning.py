@@ -28,7 +28,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _SPECIAL_TOKENS = (
     r"<[|｜][^\s<>|｜]{1,80}[|｜]>",  # <|im_start|>, <|eot_id|>, <｜end▁of▁sentence｜>
     r"</?s>|<(?:unk|pad|bos|eos|mask|cls|sep|eod|eot|eom|image|start_of_image|end_of_image)>",
-    r"<(?:start|end)_of_turn>|<\|?/?(?:system|user|assistant|tool)\|?>",
+    r"<(?:start|end)_of_turn>",
     r"\[/?(?:INST|SYS|TOOL_CALLS|TOOL_RESULTS|TOOL_CONTENT|AVAILABLE_TOOLS|SYSTEM_PROMPT|MODEL_SETTINGS|THINK|IMG"
     r"|IMG_BREAK|IMG_END|PREFIX|MIDDLE|SUFFIX|ARGS|CALL_ID|PAD|UNK|CLS|SEP|MASK|gMASK|sMASK)\]",
     r"<</?SYS>>",

@@ -8,6 +8,7 @@ index/  manifest.sqlite   the truth (see `manifest`)
 
 from __future__ import annotations
 
+import re
 import shutil
 import threading
 from collections.abc import Iterable, Iterator
@@ -111,7 +112,7 @@ class DocumentIndex:
         directory = Path(path)
         if directory.exists() and not directory.is_dir():
             raise SettingsError(f"the index is a directory, but {directory} is a file; choose another path")
-        if store is not None and store not in ("chroma", "exact") and not store.startswith(("http://", "https://")):
+        if store is not None and store not in ("chroma", "exact") and not re.match(r"https?://[^/\s]", store):
             raise SettingsError(f'store must be "chroma", "exact" or the URL of a Chroma server, got {store!r}')
         if chunk_tokens is not None and chunk_tokens < _MIN_CHUNK_TOKENS:
             raise SettingsError(f"chunk_tokens must be at least {_MIN_CHUNK_TOKENS}, got {chunk_tokens}")
