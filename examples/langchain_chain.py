@@ -1,6 +1,6 @@
 """Ask the demo documents through a LangChain chain: retriever | prompt | model | parser.
 
-    python examples/langchain_chain.py [MODEL_DIR]
+    python examples/langchain_chain.py [MODEL_DIR] [--index DIR]
 
 The prompt is the form the demo model was trained on; with another model write your own. Documents come before the
 question and in a fixed order, so that the next question about them finds them in the KV cache.
@@ -8,8 +8,7 @@ question and in a fixed order, so that the next question about them finds them i
 
 from __future__ import annotations
 
-import sys
-import tempfile
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -88,15 +87,14 @@ def cite(reply: str, documents: Sequence[Document]) -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> list[list[dict[str, Any]]]:
     """Run the example; returns the claims of each answer."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(description="Ask the demo documents.")
+    parser.add_argument("model", nargs="?", type=Path, default=None, help="model directory; left out: the demo model")
+    parser.add_argument("--index", type=Path, default=Path(".exl2-rag/examples"), help="where the index is kept")
+    options = parser.parse_args(arguments)
     answers = []
-    with (
-        tempfile.TemporaryDirectory() as directory,
-        ExL2LLM(arguments[0] if arguments else model_dir()) as llm,
-        DocumentIndex.create_or_open(Path(directory) / "index") as index,
-    ):
+    with ExL2LLM(options.model or model_dir()) as llm, DocumentIndex.create_or_open(options.index) as index:
         report = index.update(DOCUMENTS)
-        print(f"indexed {len(report.indexed)} documents, {report.n_chunks} chunks")
+        print(f"{report.n_chunks} chunks; read {len(report.indexed)} documents, {len(report.unchanged)} were unchanged")
         chain = build_chain(llm, index)
         for question in QUESTIONS:
             usage = UsageMetadataCallbackHandler()

@@ -1,14 +1,13 @@
 """Ask the demo documents through a LlamaIndex query engine, with citations.
 
-    python examples/llama_index_engine.py [MODEL_DIR]
+    python examples/llama_index_engine.py [MODEL_DIR] [--index DIR]
 
 Retriever and synthesizer are this package's; everything LlamaIndex builds from them works as usual.
 """
 
 from __future__ import annotations
 
-import sys
-import tempfile
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,15 +39,14 @@ def build_query_engine(llm: ExL2LLM, index: DocumentIndex) -> RetrieverQueryEngi
 
 def main(arguments: Sequence[str] | None = None) -> list[Response]:
     """Run the example; returns the responses."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(description="Ask the demo documents.")
+    parser.add_argument("model", nargs="?", type=Path, default=None, help="model directory; left out: the demo model")
+    parser.add_argument("--index", type=Path, default=Path(".exl2-rag/examples"), help="where the index is kept")
+    options = parser.parse_args(arguments)
     responses = []
-    with (
-        tempfile.TemporaryDirectory() as directory,
-        ExL2LLM(arguments[0] if arguments else model_dir()) as llm,
-        DocumentIndex.create_or_open(Path(directory) / "index") as index,
-    ):
+    with ExL2LLM(options.model or model_dir()) as llm, DocumentIndex.create_or_open(options.index) as index:
         report = index.update(DOCUMENTS)
-        print(f"indexed {len(report.indexed)} documents, {report.n_chunks} chunks")
+        print(f"{report.n_chunks} chunks; read {len(report.indexed)} documents, {len(report.unchanged)} were unchanged")
         engine = build_query_engine(llm, index)
         for question in QUESTIONS:
             response = engine.query(question)
