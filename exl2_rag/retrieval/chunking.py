@@ -1,13 +1,14 @@
 """Cut a document into chunks the embedder can take whole.
 
-Structure first: a chunk never crosses a page or a heading. Within that, a paragraph is the natural chunk; short ones
-are joined to their neighbours, long ones are cut at lines, then sentences, then words, then characters. No overlap.
+Structure first: a chunk never crosses a heading, nor a page unless a sentence does. Within that, a paragraph is the
+natural chunk; short ones are joined to their neighbours, long ones are cut at lines, then sentences, then words, then
+characters. No overlap.
 
     document.text   # Title ¶ A paragraph. ¶ Short. ¶ Short too. ¶ ## Section ¶ A very long paragraph ...
     chunks                    [----------]   [----------------]               [------------][------] ...
 
 A heading line is carried by the `heading` of the chunks below it and not repeated in their text. One that nothing
-follows, that repeats no chunk's heading, or that is too long to carry is text like any other: nothing gets lost.
+follows, or that is too long to carry, is text like any other: nothing gets lost.
 """
 
 from __future__ import annotations
@@ -131,7 +132,9 @@ def _sections(document: Document) -> Iterator[tuple[int, int, str]]:
         for index in section.path
         if has_text and len(headings[index].text) <= _MAX_HEADING_CHARS
     }
-    borders = sorted({start for start in document.page_starts if 0 < start < len(text)})
+    if any(filled):  # every chunk carries the title
+        carried.update(index for index, line in enumerate(headings) if line.text == document.title)
+    borders = sorted({start for start in document.page_starts if text.endswith("\n\n", 0, start)})
     for section, has_text in zip(sections, filled, strict=True):
         own = section.path[-1] if section.path else -1
         start = section.start

@@ -72,7 +72,8 @@ def assert_sound(doc: Document, spans: list[ChunkSpan], count_tokens, limit: int
         assert piece == piece.strip()
         assert count_tokens(embedded_text(doc.title, span.heading, piece, count_tokens, limit)) <= limit
         assert span.page == doc.page_at(span.start)
-        assert doc.page_at(span.end - 1) == span.page, "a chunk crosses a page border"
+        crossed = [start for start in doc.page_starts if span.start < start < span.end]
+        assert not any(doc.text[:start].endswith("\n\n") for start in crossed), "a chunk crosses a page border"
         position = span.end
 
 
@@ -105,6 +106,16 @@ def test_a_number_sign_inside_a_fence_is_no_heading() -> None:
 def test_the_first_line_of_plain_text_that_is_the_title_is_carried_as_such() -> None:
     doc = document("Kenya\n\nKenya is a country.", title="Kenya", markup="plain")
     assert texts(doc) == [("", "Kenya is a country.")]
+
+
+def test_a_sentence_that_goes_on_on_the_next_page_stays_whole() -> None:
+    text = "First page ends in mid sentence and goes on here.\n\nSecond paragraph there, and quite enough words in it."
+    doc = document(text, pages=(0, text.index("goes"), text.index("Second")))
+    spans = split_document(doc, count_words, 40)
+    assert [(span.page, doc.text[span.start : span.end]) for span in spans] == [
+        (1, text.split("\n\n")[0]),
+        (3, text.split("\n\n")[1]),
+    ]
 
 
 def test_a_long_paragraph_is_cut_at_sentences_into_parts_of_like_size() -> None:

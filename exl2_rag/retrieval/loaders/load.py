@@ -94,12 +94,14 @@ def make_document(source: str, extracted: Extracted, *, delimiter: str = "") -> 
     length = 0
     for page in extracted.pages:
         cleaned = clean_text(page, delimiter=delimiter)
-        if cleaned and pieces:
-            pieces.append("\n\n")
-            length += 2
+        if cleaned and length:
+            joint = " " if _goes_on(pieces[-1], cleaned) else "\n\n"
+            pieces.append(joint)
+            length += len(joint)
         starts.append(length)
-        pieces.append(cleaned)
-        length += len(cleaned)
+        if cleaned:
+            pieces.append(cleaned)
+            length += len(cleaned)
     text = "".join(pieces)
     if not text.strip():
         raise DocumentError(f"{source}: there is no text in it", reason="empty")
@@ -117,6 +119,11 @@ def make_document(source: str, extracted: Extracted, *, delimiter: str = "") -> 
         page_starts=tuple(starts) if extracted.paged else (),
         markup=extracted.markup,
     )
+
+
+def _goes_on(page: str, following: str) -> bool:
+    """Does a sentence that begins on one page go on on the next?"""
+    return page[-1] not in ".!?:;。！？|`" and following[0].islower()
 
 
 def _title_of(text: str, markup: Markup) -> str:

@@ -130,6 +130,7 @@ def _page_text(lines: Sequence[Line], heading_sizes: Sequence[float]) -> str:
     rights: dict[int, float] = {}  # how far lines reach that begin at about the same place
     for line in lines:
         rights[_column(line)] = max(rights.get(_column(line), line.right), line.right)
+    widest = max((line.right - line.left for line in lines), default=0.0)
     out: list[str] = []
     previous: Line | None = None
     for line in lines:
@@ -139,12 +140,20 @@ def _page_text(lines: Sequence[Line], heading_sizes: Sequence[float]) -> str:
             out.append(text)
         elif level or _heading_level(previous, heading_sizes):
             same = level == _heading_level(previous, heading_sizes)
-            goes_on = same and 0 < previous.baseline - line.baseline < 1.6 * line.size
+            goes_on = same and _heading_goes_on(previous, line, widest)
             out.append(" " + line.text if goes_on else "\n\n" + text)
         else:
             out.append(_joint(previous, line, pitch, rights[_column(previous)]) + text)
         previous = line
     return "".join(out)
+
+
+def _heading_goes_on(previous: Line, line: Line, widest: float) -> bool:
+    """Is `line` the second line of one heading? Then the first is long, close, and starts or centres at one place."""
+    starts = abs(previous.left - line.left) < line.size
+    centres = abs(previous.left + previous.right - line.left - line.right) < 2 * line.size
+    long = previous.right - previous.left > 0.5 * widest
+    return long and (starts or centres) and 0 < previous.baseline - line.baseline < 1.6 * line.size
 
 
 def _column(line: Line) -> int:

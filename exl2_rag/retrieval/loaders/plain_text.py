@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import re
+from itertools import pairwise
 
 from exl2_rag.errors import DocumentError
 
@@ -22,6 +23,7 @@ _GUESSED_BYTES = 64 * 1024  # enough to tell an encoding; guessing on more is sl
 _ASCII_CONTROLS = bytes(range(9)) + bytes(range(14, 27)) + bytes(range(28, 32))
 
 _WRAPPED_LINE_CHARS = 45  # lines of wrapped prose are at least this long; addresses and verse seldom are
+_RAGGED_CHARS = 15  # how much shorter than the width a full line may be
 _LIST_MARKER = re.compile(r"\s*(?:[-*+•‣◦–]|\(?\d{1,3}[.)]|\(?[A-Za-z][.)])\s")
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 _MARKDOWN_STRUCTURE = re.compile(
@@ -72,28 +74,52 @@ def _decode(data: bytes, encoding: str) -> str:
 
 
 def unwrap_plain(text: str) -> str:
-    """Join the lines of paragraphs that were wrapped at a fixed width; leave everything else."""
+    """Join lines that were wrapped at a fixed width; leave everything else."""
     paragraphs = re.split(r"\n(?:[ \t]*\n)+", text.replace("\r\n", "\n").replace("\r", "\n"))
-    return "\n\n".join(_unwrap_paragraph(paragraph) for paragraph in paragraphs)
+    split = [paragraph.strip("\n").split("\n") for paragraph in paragraphs]
+    usual = _usual_width(split)
+    return "\n\n".join("\n".join(_unwrap(lines, usual)) for lines in split)
 
 
-def _unwrap_paragraph(paragraph: str) -> str:
-    lines = paragraph.strip("\n").split("\n")
-    words = [line.split() for line in lines]
-    if len(lines) < 2 or not all(words):
-        return paragraph
+def _usual_width(paragraphs: list[list[str]]) -> int:
+    """The width at which the whole text seems wrapped; 0 if lines end at no common width."""
+    lengths = sorted(len(line.strip()) for lines in paragraphs for line in lines[:-1])
+    width = lengths[int(0.98 * len(lengths))] if lengths else 0
+    full = sum(1 for length in lengths if width - _RAGGED_CHARS < length <= width)
+    return width if width >= _WRAPPED_LINE_CHARS and full >= max(3, 0.4 * len(lengths)) else 0
+
+
+def _unwrap(lines: list[str], usual: int) -> list[str]:
+    if len(lines) < 2 or any(_tabular(line) for line in lines) or not all(map(str.strip, lines)):
+        return lines
     stripped = [line.strip() for line in lines]
-    width = max(len(line) for line in stripped)
-    wrapped = all(
-        len(line) >= _WRAPPED_LINE_CHARS and len(line) + 1 + len(following[0]) > width - 2
-        for line, following in zip(stripped, words[1:], strict=False)
-    )
-    tabular = any("\t" in line or re.search(r"\S {3,}\S", line) for line in stripped)
-    listed = any(_LIST_MARKER.match(line) for line in lines[1:])
-    ragged = len({len(line) - len(line.lstrip()) for line in lines[1:]}) > 1
-    if not wrapped or tabular or listed or ragged:
-        return paragraph
-    return join_lines(stripped)
+    own = max(len(line) for line in stripped)
+    if all(_is_full(line, following, own) for line, following in pairwise(stripped)):
+        usual = own  # even a single paragraph tells, if all of its lines are full
+    if not usual:
+        return lines
+    out = [lines[0]]
+    for above, line in pairwise(lines):
+        same_margin = _indent(above) == _indent(line) or above is lines[0]  # the first may be indented
+        if _is_full(above.strip(), line.strip(), usual) and same_margin and not _LIST_MARKER.match(line):
+            out[-1] = join_lines([out[-1], line.strip()])
+        else:
+            out.append(line)
+    return out
+
+
+def _is_full(line: str, following: str, width: int) -> bool:
+    """Would the first word of the following line have made this one longer than `width`?"""
+    word = following.split(maxsplit=1)[0]
+    return _WRAPPED_LINE_CHARS <= len(line) <= width and len(line) + 1 + len(word) > width - 2
+
+
+def _tabular(line: str) -> bool:
+    return "\t" in line.strip() or re.search(r"\S {3,}\S", line) is not None
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
 
 
 def join_lines(lines: list[str]) -> str:
