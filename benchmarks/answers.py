@@ -210,8 +210,7 @@ def main() -> int:
         directory = options.index or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         index = stack.enter_context(DocumentIndex.create_or_open(directory, store="exact"))
         started = time.perf_counter()
-        if not index.sources():
-            index.add(read_corpus(options.squad))
+        index.add(read_corpus(options.squad))  # embeds only what is not there yet
         indexed_s = time.perf_counter() - started
         llm = stack.enter_context(ExL2LLM(model_dir))
         result = {

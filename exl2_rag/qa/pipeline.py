@@ -96,7 +96,7 @@ class DocumentQA:
             result = await self.llm.agenerate(
                 prepared.token_ids, self._sampling(), constraint=self._constraint(prepared.shown)
             )
-        return _raise_on_failure(self._finish(prepared, result))
+        return _raise_on_failure(await asyncio.to_thread(self._finish, prepared, result))
 
     def ask_many(self, questions: Sequence[str], k: int | None = None) -> list[Answer]:
         """Answer several questions at once; the engine computes them as one batch and their shared documents once.
