@@ -277,6 +277,14 @@ def test_random_walks_quote_verbatim_in_every_vocabulary(name: str) -> None:
     assert answered
 
 
+def test_one_claim_at_most_is_one_claim() -> None:
+    constraint = AnswerWithQuotes({"d1": ["Pages are shared.", "Quotes are exact."]}, max_claims=1)
+    one = ("d1", "Quotes are exact.", "exact")
+    assert constraint.matches(answer(one), family("byte"))
+    assert constraint.matches(DECLINED, family("byte"))
+    assert not constraint.matches(answer(one, one), family("byte"))
+
+
 # --- speed ------------------------------------------------------------------------------------------------------------
 
 

@@ -65,8 +65,9 @@ class AnswerWithQuotes(Constraint):
         if not self.passages:
             return LLMatcher.grammar_from_lark(f"start: {declined}\n")
         opening, closing = json.dumps('{"answerable":true,"claims":['), json.dumps("]}")
+        more = f"({json.dumps(',')} claim){{0,{self.max_claims - 1}}}" if self.max_claims > 1 else ""
         rules = [
-            f"start: {declined} | {opening} claim ({json.dumps(',')} claim){{0,{self.max_claims - 1}}} {closing}",
+            f"start: {declined} | {opening} claim {more} {closing}",
             "claim: " + " | ".join(f"claim_{n}" for n in range(len(self.passages))),
             f"TEXT: /{_TEXT_FIRST}{_TEXT_CHARACTER}{{0,{self.max_text_chars - 1}}}/",
         ]
