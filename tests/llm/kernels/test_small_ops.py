@@ -116,8 +116,8 @@ def test_values_are_rounded_into_pages_exactly_as_torch_rounds(native_level, dty
     bits = torch.randint(-(1 << 31), 1 << 31, (4096,), generator=generator(0)).to(torch.int32)
     numbers = torch.cat((bits.view(torch.float32), normal(4096), normal(4096) * 1e-6, torch.tensor([65519.9, 65520.0])))
     numbers = numbers[~numbers.isnan()]
-    # Half way between two float16 numbers, where ties go to the even one.
-    halves = torch.arange(1, 2000, dtype=torch.float32) / 2048
+    # Half way between two float16 (bfloat16) numbers, where ties go to the even one.
+    halves = torch.cat([torch.arange(1, 4096, 2, dtype=torch.float32) / scale for scale in (4096, 512, 2.0**28)])
     v = torch.cat((numbers, halves, -halves))[:, None, None]
     pages = torch.zeros((len(v), 1, 1, 1), dtype=dtype)
     zeros, positions = torch.zeros(len(v), 1, 1), torch.zeros(len(v), dtype=torch.int64)

@@ -54,13 +54,13 @@ inline Vec mul_add(Vec a, Vec b, Vec c) {
 #endif
 }
 
-// Round to the nearest float16, ties to even, subnormals kept; |value| must round to less than 65536.
+// Round to the nearest float16, ties to even. The value must be an integer times a float16, and must round to less than
+// 65536.
 //
-// Adding 1.5 * 2^(e+13), e the exponent of the value, leaves exactly the 11 bits of a float16 mantissa; no exponent
-// below -14 is used, as float16 has none. Taking it off again is exact.
+// Adding 1.5 * 2^(e+13), e the exponent of the value, leaves exactly the 11 bits of a float16 mantissa; taking it off
+// again is exact. Subnormals need no care: the value is a multiple of 2^-24, and below 2^-14 those have 10 bits anyway.
 inline Vec round_to_half(Vec value) {
-    VecInt exponent = as_int(value) & 0x7f800000;
-    exponent = exponent > (113 << 23) ? exponent : splat_int(113 << 23);
+    const VecInt exponent = as_int(value) & 0x7f800000;
     const Vec magic = as_float(exponent + ((13 << 23) | 0x400000));
     return (value + magic) - magic;
 }
