@@ -4,6 +4,8 @@ import asyncio
 import gc
 import json
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -47,7 +49,7 @@ def llm(model_dir: Path) -> Iterator[ExL2LLM]:
         yield one
 
 
-def wait_until(holds: Any, timeout_s: float = 10.0) -> None:
+def wait_until(holds: Any, timeout_s: float = 60.0) -> None:
     end = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < end, "waited too long"
@@ -364,6 +366,21 @@ def test_an_engine_that_nobody_holds_is_closed_but_not_under_a_stream(model_dir:
     del stream
     gc.collect()
     wait_until(lambda: thread.is_closed)
+
+
+def test_an_interpreter_that_ends_with_a_request_in_progress_ends_quietly(model_dir: Path) -> None:
+    code = (
+        "import sys\n"
+        "from exl2_rag import ExL2LLM, SamplingParams\n"
+        "llm = ExL2LLM(sys.argv[1])\n"
+        "stream = llm.stream('x', SamplingParams(max_tokens=450, temperature=0, ignore_eos=True))\n"
+        "print(len(next(stream).token_ids))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(model_dir)], check=False, capture_output=True, text=True, timeout=250
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert int(done.stdout) >= 1
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------

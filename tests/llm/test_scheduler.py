@@ -160,6 +160,7 @@ def test_the_youngest_gives_up_its_pages_and_comes_back() -> None:
         step(one)
     assert second.state is State.WAITING
     assert second.held is None
+    assert not second.is_decoding  # what it computes anew is prefill, and has no right of way
     n_tokens = len(second.token_ids)
     one.remove(first)
     step(one)
