@@ -8,10 +8,10 @@ from __future__ import annotations
 
 CHATML = """\
 {% for message in messages %}
-{% if loop.first and message['role'] != 'system' %}
+    {% if loop.first and message['role'] != 'system' %}
 <|im_start|>system
 Be a careful helper.<|im_end|>
-{% endif %}
+    {% endif %}
 {{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
 {% endfor %}
 {% if add_generation_prompt %}
