@@ -51,7 +51,6 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
-        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs every build unless told not to
         try:
             return function(*args, **kwargs)
         except Exl2RagError as error:

@@ -74,8 +74,7 @@ class Bm25Index:
     def __init__(
         self, ids: Sequence[str], texts: Sequence[str], *, language: str = "english", generation: int = 0
     ) -> None:
-        import bm25s  # type: ignore[import-untyped]
-
+        bm25s = _bm25s()
         self.ids = list(ids)
         self.language = language
         self.generation = generation
@@ -125,8 +124,7 @@ class Bm25Index:
     @classmethod
     def load(cls, directory: Path) -> Bm25Index | None:
         """Read a saved index; None if there is none, or it cannot be used and should be built again."""
-        import bm25s
-
+        bm25s = _bm25s()
         try:
             about = json.loads((directory / IDS_FILE).read_text(encoding="utf-8"))
             if about["tokenization"] != TOKENIZATION_VERSION:
@@ -137,3 +135,12 @@ class Bm25Index:
         except (OSError, ValueError, KeyError, TypeError, EOFError):
             return None
         return index
+
+
+def _bm25s() -> Any:
+    import logging
+
+    import bm25s  # type: ignore[import-untyped]
+
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it asks for DEBUG when it is imported
+    return bm25s
