@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import html
+import re
 import zipfile
+from collections.abc import Callable
 from io import BytesIO
+from typing import TypeVar
 
 from exl2_rag.errors import DocumentError
 from exl2_rag.retrieval.loaders.extracted import Budget, broken, too_large
 
+_T = TypeVar("_T")
 _OLE_MAGIC = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
 _ENCRYPTED_STREAM = "EncryptedPackage".encode("utf-16-le")
 _MAX_MEMBERS = 20_000
@@ -56,3 +61,25 @@ def read_member(container: zipfile.ZipFile, name: str) -> bytes:
         if type(error).__module__ in ("zlib", "_lzma", "lzma"):
             raise broken(f"{name}: {error}") from error
         raise
+
+
+def core_title(container: zipfile.ZipFile) -> str:
+    """The title in an Office file's properties; empty if there is none."""
+    if "docProps/core.xml" not in container.namelist():
+        return ""
+    found = re.search(rb"<dc:title[^>]*>([^<]{1,500})</dc:title>", read_member(container, "docProps/core.xml"))
+    if found is None:
+        return ""
+    return html.unescape(found.group(1).decode("utf-8", errors="replace")).strip()
+
+
+def guarded(convert: Callable[[], _T]) -> _T:
+    """Whatever a parser throws at a damaged file becomes one DocumentError."""
+    try:
+        return convert()
+    except DocumentError:
+        raise
+    except MemoryError as error:
+        raise DocumentError("reading it takes more memory than there is", reason="too-large") from error
+    except Exception as error:  # these libraries raise nearly anything on damaged files
+        raise broken(f"{type(error).__name__}: {error}") from error

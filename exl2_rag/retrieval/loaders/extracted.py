@@ -36,7 +36,8 @@ class LoadLimits:
 
     Attributes:
         file_bytes: size on disk.
-        unpacked_bytes: sum of all members of a zip container (docx, pptx, xlsx, epub), and markup given to a parser.
+        unpacked_bytes: sum of the XML members of a zip container (docx, pptx, xlsx, epub), or size of an HTML page.
+        tags: tags of an HTML or XML file; a tree of more takes minutes to build.
         text_chars: characters of extracted text.
         pages: pages of a PDF, slides, sheets.
         cells: cells of one spreadsheet file.
@@ -45,6 +46,7 @@ class LoadLimits:
 
     file_bytes: int = 128 * 2**20
     unpacked_bytes: int = 64 * 2**20
+    tags: int = 1_000_000
     text_chars: int = 20_000_000
     pages: int = 20_000
     cells: int = 2_000_000
@@ -96,6 +98,13 @@ class Budget:
             raise too_large(
                 f"{size_bytes:,} bytes unpacked, more than {self.limits.unpacked_bytes:,}; perhaps a zip bomb"
             )
+
+    def check_markup(self, markup: bytes | str) -> None:
+        """Refuse HTML or XML whose tree would take too long or too much memory to build."""
+        self.check_unpacked(len(markup))
+        count = markup.count("<") if isinstance(markup, str) else markup.count(b"<")
+        if count > 2 * self.limits.tags:  # an element has two
+            raise too_large(f"about {count // 2:,} tags, more than {self.limits.tags:,}")
 
     def check_time(self) -> None:
         """Refuse a file that takes too long."""

@@ -1,4 +1,4 @@
-"""HTML (also what mammoth makes of a DOCX, EPUB chapters, e-mail bodies) as text with Markdown structure.
+"""HTML (EPUB chapters and e-mail bodies too) as text with Markdown structure.
 
 Own walk over the tree instead of an HTML-to-Markdown converter, for two reasons: a quote must read as it does on the
 page, so nothing inside a sentence is escaped or marked up; and a page nested 100,000 deep must not exhaust the stack.
@@ -12,11 +12,11 @@ import textwrap
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
 
 from bs4 import BeautifulSoup
 from bs4.element import CData, NavigableString, Tag
 
+from exl2_rag.retrieval.loaders.blocks import Kind, join_blocks
 from exl2_rag.retrieval.loaders.extracted import Budget
 from exl2_rag.retrieval.loaders.plain_text import unwrap_plain
 
@@ -45,8 +45,6 @@ _BLOCKS = frozenset(
 _HEADING = re.compile(r"h[1-6]")
 _FENCED_LINES = 60  # a longer <pre> is a document of its own (an RFC), not a listing
 
-Kind = Literal["text", "item", "row", "definition", "listing"]
-
 
 def html_to_text(markup: bytes | str, budget: Budget) -> tuple[str, str]:
     """Text of a page with Markdown headings, lists, tables and listings.
@@ -57,7 +55,7 @@ def html_to_text(markup: bytes | str, budget: Budget) -> tuple[str, str]:
     Raises:
         DocumentError: the markup is beyond the limits of `budget`.
     """
-    budget.check_unpacked(len(markup))
+    budget.check_markup(markup)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it looks like XML, or like a file name
         soup = BeautifulSoup(markup, "lxml")
@@ -105,7 +103,6 @@ def _is_dropped(tag: Tag) -> bool:
         str(tag.get("role", "")).lower() in _DROPPED_ROLES
         or not _DROPPED_CLASSES.isdisjoint(tag.get_attribute_list("class"))
         or _HIDDEN_STYLE.search(str(tag.get("style", ""))) is not None
-        or (tag.name == "a" and re.match(r"#(?:foot|end)note-ref", str(tag.get("href", ""))) is not None)
     )
 
 
@@ -200,14 +197,7 @@ class _Writer:
 
     def text(self) -> str:
         """Everything written so far; neighbouring items, rows and definitions stand on neighbouring lines."""
-        pieces: list[str] = []
-        previous: Kind = "text"
-        for kind, text in self._parts:
-            if pieces:
-                pieces.append("\n" if kind == previous and kind in ("item", "row", "definition") else "\n\n")
-            pieces.append(text)
-            previous = kind
-        return "".join(pieces)
+        return join_blocks(self._parts)
 
     def _break(self) -> None:
         if self._cells:

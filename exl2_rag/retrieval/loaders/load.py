@@ -14,9 +14,10 @@ from pathlib import Path
 from exl2_rag.errors import DocumentError
 from exl2_rag.retrieval.cleaning import clean_text, clean_title
 from exl2_rag.retrieval.document import Document, Markup
+from exl2_rag.retrieval.loaders.docx_file import read_docx
 from exl2_rag.retrieval.loaders.extracted import Budget, Extracted, LoadLimits, too_large
 from exl2_rag.retrieval.loaders.markup_files import read_email, read_epub, read_html, read_notebook, read_xml
-from exl2_rag.retrieval.loaders.office import read_docx, read_pptx, read_xlsx
+from exl2_rag.retrieval.loaders.office import read_pptx, read_xlsx
 from exl2_rag.retrieval.loaders.pdf_file import read_pdf
 from exl2_rag.retrieval.loaders.plain_text import (
     decode_text,

@@ -49,7 +49,7 @@ def read_epub(data: bytes, budget: Budget) -> Extracted:
 
 def read_xml(data: bytes, budget: Budget) -> Extracted:
     """Text of an XML file: a paragraph for every element that holds text; HTML inside an element is read as HTML."""
-    budget.check_unpacked(len(data))
+    budget.check_markup(data)
     soup = BeautifulSoup(data, "xml")
     if soup.find(True) is None:
         raise broken("it is not well-formed XML")

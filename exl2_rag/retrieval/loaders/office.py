@@ -1,74 +1,29 @@
-"""Word, PowerPoint and Excel files, by mammoth, python-pptx and openpyxl.
+"""PowerPoint and Excel files, by python-pptx and openpyxl.
 
-Those libraries find the words; what becomes of headings, lists, tables and slides is decided here and in `html_page`.
-markitdown has the same three libraries behind it, but escapes and decorates the text, which then cannot be quoted as
-the document has it, and gives no slide numbers.
+Those libraries find the words; what becomes of titles, tables and slides is decided here. markitdown has the same two
+behind it, but gives no slide numbers and escapes the text, which then cannot be quoted as the document has it.
 """
 
 from __future__ import annotations
 
 import datetime
-import re
 import warnings
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from io import BytesIO
-from typing import Any, TypeVar
+from typing import Any
 
-from exl2_rag.errors import DocumentError
-from exl2_rag.retrieval.loaders.container import open_container, read_member
-from exl2_rag.retrieval.loaders.extracted import Budget, Extracted, broken
-from exl2_rag.retrieval.loaders.formulas import linearise_formulas
-from exl2_rag.retrieval.loaders.html_page import html_to_text
+from exl2_rag.retrieval.loaders.container import core_title, guarded, open_container
+from exl2_rag.retrieval.loaders.extracted import Budget, Extracted
 from exl2_rag.retrieval.loaders.tables import table_rows
 
-DOCX_TYPE = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
 PPTX_TYPE = "application/vnd.openxmlformats-officedocument.presentationml.presentation"
 XLSX_TYPE = "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet"
-
-_T = TypeVar("_T")
-_STYLES = """
-p[style-name='Title'] => h1:fresh
-p[style-name='Source Code'] => pre:separator('\\n')
-p[style-name='HTML Preformatted'] => pre:separator('\\n')
-"""
-_STRICT_NAMESPACES = (
-    (
-        b"http://purl.oclc.org/ooxml/wordprocessingml/main",
-        b"http://schemas.openxmlformats.org/wordprocessingml/2006/main",
-    ),
-    (
-        b"http://purl.oclc.org/ooxml/officeDocument/relationships",
-        b"http://schemas.openxmlformats.org/officeDocument/2006/relationships",
-    ),
-)
-
-
-def read_docx(data: bytes, budget: Budget) -> Extracted:
-    """Text of a Word file: headings, lists, tables, text boxes, notes; formulas as linear text."""
-    with open_container(data, budget) as container:
-        title = _core_title(container)
-        data = _prepare_docx(container, data)
-
-    def convert() -> str:
-        import mammoth  # type: ignore[import-untyped]
-
-        result = mammoth.convert_to_html(
-            BytesIO(data),
-            convert_image=mammoth.images.img_element(lambda image: {"src": ""}),
-            style_map=_STYLES,
-            include_embedded_style_map=False,
-        )
-        return str(result.value)
-
-    heading, text = html_to_text(_guarded(convert), budget)
-    return Extracted((text,), DOCX_TYPE, "markdown", heading or title)
 
 
 def read_pptx(data: bytes, budget: Budget) -> Extracted:
     """Text of a presentation, one page a slide: title as heading, text, tables, charts, notes."""
     with open_container(data, budget) as container:
-        title = _core_title(container)
+        title = core_title(container)
 
     def convert() -> tuple[str, ...]:
         import pptx
@@ -77,13 +32,13 @@ def read_pptx(data: bytes, budget: Budget) -> Extracted:
         budget.check_pages(len(slides))
         return tuple(_slide_text(slide, budget) for slide in slides)
 
-    return Extracted(_guarded(convert), PPTX_TYPE, "markdown", title, paged=True)
+    return Extracted(guarded(convert), PPTX_TYPE, "markdown", title, paged=True)
 
 
 def read_xlsx(data: bytes, budget: Budget) -> Extracted:
     """Values of a workbook: a heading and a table for every sheet."""
     with open_container(data, budget) as container:
-        title = _core_title(container)
+        title = core_title(container)
 
     def convert() -> str:
         import openpyxl  # type: ignore[import-untyped]
@@ -96,53 +51,7 @@ def read_xlsx(data: bytes, budget: Budget) -> Extracted:
             finally:
                 workbook.close()
 
-    return Extracted((_guarded(convert),), XLSX_TYPE, "markdown", title, headed=False)
-
-
-def _guarded(convert: Callable[[], _T]) -> _T:
-    """Whatever a parser throws at a damaged file becomes one DocumentError."""
-    try:
-        return convert()
-    except DocumentError:
-        raise
-    except MemoryError as error:
-        raise DocumentError("reading it takes more memory than there is", reason="too-large") from error
-    except Exception as error:  # these libraries raise nearly anything on damaged files
-        raise broken(f"{type(error).__name__}: {error}") from error
-
-
-def _core_title(container: zipfile.ZipFile) -> str:
-    if "docProps/core.xml" not in container.namelist():
-        return ""
-    found = re.search(rb"<dc:title[^>]*>([^<]{1,500})</dc:title>", read_member(container, "docProps/core.xml"))
-    if found is None:
-        return ""
-    import html
-
-    return html.unescape(found.group(1).decode("utf-8", errors="replace")).strip()
-
-
-def _prepare_docx(container: zipfile.ZipFile, data: bytes) -> bytes:
-    """The file as mammoth can read it: strict namespaces made transitional, formulas made text."""
-    if "word/document.xml" not in container.namelist():
-        raise broken("it holds no word/document.xml")
-    body = read_member(container, "word/document.xml")
-    strict = b"http://purl.oclc.org/ooxml/" in body
-    if not strict and b"oMath" not in body:
-        return data
-    out = BytesIO()
-    with zipfile.ZipFile(out, "w") as target:
-        for name in container.namelist():
-            if not name.endswith((".xml", ".rels")):
-                continue  # pictures and fonts are not read
-            content = read_member(container, name)
-            if strict:
-                for old, new in _STRICT_NAMESPACES:
-                    content = content.replace(old, new)
-            if name in ("word/document.xml", "word/footnotes.xml", "word/endnotes.xml") and b"oMath" in content:
-                content = _guarded(lambda content=content: linearise_formulas(content))  # type: ignore[misc]
-            target.writestr(name, content)
-    return out.getvalue()
+    return Extracted((guarded(convert),), XLSX_TYPE, "markdown", title, headed=False)
 
 
 def _slide_text(slide: Any, budget: Budget) -> str:
