@@ -43,7 +43,7 @@ class Citation:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A statement in the model's words, and the verified quote it rests on. The statement itself is not verified."""
+    """A statement and the verified quote it rests on. The model's own words, as a statement, are not verified."""
 
     text: str
     citation: Citation

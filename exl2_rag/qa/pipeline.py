@@ -14,7 +14,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from exl2_rag.errors import (
@@ -175,7 +175,7 @@ class DocumentQA:
             passages,
             max_claims=self.settings.max_claims,
             min_words=self.settings.min_words,
-            max_text_chars=self.settings.max_text_chars,
+            max_text_chars=self.settings.max_text_chars if self.settings.claim_text == "model" else 1,
         )
 
     def _sampling(self) -> SamplingParams:
@@ -205,6 +205,8 @@ class DocumentQA:
             failure = str(outcome)
         claims, rejected = verify_claims(reply.claims, prepared.shown)
         claims, outdated = self._check_offsets(claims)
+        if self.settings.claim_text == "quote":
+            claims = tuple(replace(claim, text=claim.citation.quote) for claim in claims)
         usage = result.usage if result else Usage(0, 0, 0)
         timings = result.timings if result else Timings(0.0, 0.0, 0.0)
         shown_labels = {chunk.label for chunk in prepared.shown}

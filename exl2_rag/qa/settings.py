@@ -21,6 +21,7 @@ from exl2_rag.qa.prompt import PROMPT_FORM_VERSION
 
 CARD_NAME = "exl2_rag.json"
 QuoteUnit = Literal["sentence", "span"]
+ClaimText = Literal["model", "quote"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,8 @@ class QASettings:
         quote_unit: what a quote may be: "sentence" (one whole sentence of a chunk) or "span" (any run of its words).
         max_claims: claims in an answer at most.
         min_words: words of a quote at least; only for "span".
+        claim_text: what a claim says: "model" (the model's own words) or "quote" (the quote itself, for a model too
+            small to put an answer into words).
         max_text_chars: characters of a claim's own text at most.
         max_tokens: tokens of a reply at most. A reply cut off here is marked, see `Answer.truncated`.
         temperature: 0 is greedy.
@@ -44,6 +47,7 @@ class QASettings:
     quote_unit: QuoteUnit = "span"
     max_claims: int = 3
     min_words: int = 3
+    claim_text: ClaimText = "model"
     max_text_chars: int = 200
     max_tokens: int = 512
     temperature: float = 0.0
@@ -55,6 +59,8 @@ class QASettings:
                 raise SettingsError(f"{name} must be a whole number, {least} or more, got {value!r}")
         if self.quote_unit not in ("sentence", "span"):
             raise SettingsError(f'quote_unit must be "sentence" or "span", got {self.quote_unit!r}')
+        if self.claim_text not in ("model", "quote"):
+            raise SettingsError(f'claim_text must be "model" or "quote", got {self.claim_text!r}')
         temperature = self.temperature
         is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
         if not is_number or not math.isfinite(temperature) or temperature < 0:

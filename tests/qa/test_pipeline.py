@@ -134,6 +134,14 @@ def test_a_differently_typed_quote_is_cited_in_the_documents_own_characters(toke
     assert ENGINE_DOC.text[citation.start : citation.end] == citation.quote == "The cache is emptied “tail first”."
 
 
+def test_a_model_too_small_for_words_answers_with_its_quotes(tokenizer: Tokenizer) -> None:
+    engine = ScriptedEngine(tokenizer, answer_json([("d2", "Pages hold 32 tokens each.", "1")]))
+    qa = DocumentQA(engine, ListedChunks(PAGES), QASettings(claim_text="quote"))  # type: ignore[arg-type]
+    answer = qa.ask("How many?")
+    assert answer.text == answer.claims[0].text == answer.claims[0].citation.quote == "Pages hold 32 tokens each."
+    assert engine.constraints[0].max_text_chars == 1  # type: ignore[attr-defined]  # what nobody reads is not written
+
+
 def test_a_page_number_comes_with_a_paged_document(tokenizer: Tokenizer) -> None:
     second = chunk_of(PETS_DOC, 31, len(PETS_DOC.text), label="d7")
     reply = answer_json([("d7", "Dogs bark at 3.14 metres.", "3.14")])

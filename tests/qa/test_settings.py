@@ -66,6 +66,7 @@ def test_a_card_that_cannot_be_obeyed_is_refused(tmp_path: Path, card: Any, comp
         {"max_text_chars": 0},
         {"max_tokens": 15},
         {"quote_unit": "word"},
+        {"claim_text": "both"},
         {"temperature": -0.1},
         {"temperature": float("nan")},
         {"temperature": "warm"},
