@@ -257,14 +257,22 @@ def test_one_command_trains_with_two_workers_and_writes_both_models(squad_file, 
         assert llm.chat([{"role": "user", "content": SYSTEM_TEXT}]).usage.prompt_tokens > 10
 
 
-def test_the_built_in_start_finds_a_sentence_by_its_words(corpus, codec) -> None:
+def test_the_built_in_start_finds_sentences_by_their_words_before_any_training(corpus, codec) -> None:
     model = prepare_model(codec.tokenizer, corpus, range(len(corpus.passages)))
-    shown = (ShownPassage("d3", corpus.passages[1]),)
-    cases = [Case("Harold Hastings fell", shown, ()), Case("castle built", shown, ())]
+    wanted = {
+        "Harold Hastings fell": (1, "Harold fell at Hastings."),
+        "William landed Pevensey": (1, "William landed at Pevensey in 1066."),
+        "the Nile long": (3, "The Nile is 6,650 km long."),
+        "Ice melts": (2, "Ice melts at 0 degrees."),
+        "fills any room": (2, "Steam is a gas: it fills any room."),
+        "Rivers sea": (3, "Rivers run to the sea."),
+    }
+    cases = [Case(question, (ShownPassage("d3", corpus.passages[n]),), ()) for question, (n, _) in wanted.items()]
 
-    chosen = choose(model, codec, cases)
+    found = [choice.quote for choice in choose(model, codec, cases)]
 
-    assert [choice.quote for choice in chosen] == ["Harold fell at Hastings.", "He built a castle there."]
+    right = sum(quote == sentence for quote, (_, sentence) in zip(found, wanted.values(), strict=True))
+    assert right >= 5, found
 
 
 def _trainer(corpus: Corpus, codec: Codec, model: Llama, directory: Path, *, max_steps: int) -> Trainer:
