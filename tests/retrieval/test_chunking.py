@@ -113,7 +113,7 @@ def test_a_sentence_that_goes_on_on_the_next_page_stays_whole() -> None:
     doc = document(text, pages=(0, text.index("goes"), text.index("Second")))
     spans = split_document(doc, count_words, 40)
     assert [(span.page, doc.text[span.start : span.end]) for span in spans] == [
-        (1, text.split("\n\n")[0]),
+        (1, text.split("\n\n", maxsplit=1)[0]),
         (3, text.split("\n\n")[1]),
     ]
 

@@ -46,7 +46,7 @@ class LoadLimits:
 
     file_bytes: int = 128 * 2**20
     unpacked_bytes: int = 64 * 2**20
-    tags: int = 1_000_000
+    tags: int = 500_000
     text_chars: int = 20_000_000
     pages: int = 20_000
     cells: int = 2_000_000

@@ -59,8 +59,9 @@ def html_to_text(markup: bytes | str, budget: Budget) -> tuple[str, str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it looks like XML, or like a file name
         soup = BeautifulSoup(markup, "lxml")
-    writer = _Writer(budget)
-    _walk(_content_root(soup), writer)
+    root = _content_root(soup)
+    writer = _Writer(budget, _layout_tables(root))
+    _walk(root, writer)
     writer.flush()
     page_title = soup.title.get_text(" ") if soup.title is not None else ""
     return writer.first_heading or " ".join(page_title.split()), writer.text()
@@ -73,6 +74,35 @@ def _content_root(soup: BeautifulSoup) -> Tag:
         if len(found) == 1 and found[0].get_text(strip=True):
             return found[0]
     return soup
+
+
+def _layout_tables(root: Tag) -> frozenset[int]:
+    """Ids of tables that lay out a page: they hold tables, main headings or listings. Any other is a grid of values.
+
+    One pass over the tree; asking each table for its descendants would take quadratic time where tables are nested.
+    """
+    layout: set[int] = set()
+    open_tables: list[int] = []
+    stack: list[Iterator[object] | Tag] = [iter([root])]
+    while stack:
+        top = stack[-1]
+        if isinstance(top, Tag):
+            if top.name == "table":
+                open_tables.pop()
+            stack.pop()
+            continue
+        node = next(top, None)
+        if node is None:
+            stack.pop()
+        elif isinstance(node, Tag):
+            if node.name in ("table", "h1", "h2", "pre") and open_tables:
+                layout.add(open_tables[-1])
+            if node.name == "table":
+                open_tables.append(id(node))
+                if node.get("role") in ("presentation", "none"):
+                    layout.add(id(node))
+            stack.extend((node, iter(node.contents)))
+    return frozenset(layout)
 
 
 def _walk(root: Tag, writer: _Writer) -> None:
@@ -111,6 +141,7 @@ class _Writer:
     """Collects inline text into paragraphs, items, rows and listings."""
 
     budget: Budget
+    layout_tables: frozenset[int]
     first_heading: str = ""
     _parts: list[tuple[Kind, str]] = field(default_factory=list)
     _inline: list[str] = field(default_factory=list)
@@ -135,7 +166,7 @@ class _Writer:
         elif name == "img":
             self._write_formula(tag)
         elif name == "table":
-            self._tables.append(self._is_grid(tag))
+            self._tables.append(id(tag) not in self.layout_tables and not self._rows)
         if name not in _BLOCKS:
             return
         self._break()
@@ -215,14 +246,6 @@ class _Writer:
         if number:
             self._lists[-1] += 1
         return "  " * depth + (f"{number}. " if number else "- ")
-
-    def _is_grid(self, table: Tag) -> bool:
-        """A table that holds tables, headings or long prose lays out a page; any other is a grid of values."""
-        return (
-            table.get("role") not in ("presentation", "none")
-            and table.find(["table", "h1", "h2", "pre"]) is None
-            and not self._rows
-        )
 
     def _in_grid(self) -> bool:
         return bool(self._tables) and self._tables[-1]

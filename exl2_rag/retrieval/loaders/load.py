@@ -14,6 +14,7 @@ from pathlib import Path
 from exl2_rag.errors import DocumentError
 from exl2_rag.retrieval.cleaning import clean_text, clean_title
 from exl2_rag.retrieval.document import Document, Markup
+from exl2_rag.retrieval.loaders.container import guarded
 from exl2_rag.retrieval.loaders.docx_file import read_docx
 from exl2_rag.retrieval.loaders.extracted import Budget, Extracted, LoadLimits, too_large
 from exl2_rag.retrieval.loaders.markup_files import read_email, read_epub, read_html, read_notebook, read_xml
@@ -78,7 +79,8 @@ def load_document(
         raise DocumentError(f"{path} is not inside {root}", reason="unreadable") from error
     data = _read_bytes(path, limits)
     try:
-        extracted = _reader_for(path)(data, limits.start())
+        reader, budget = _reader_for(path), limits.start()
+        extracted = guarded(lambda: reader(data, budget))
     except DocumentError as error:
         raise DocumentError(f"{source}: {error}", reason=error.reason) from error
     return make_document(source, extracted, delimiter=delimiter)

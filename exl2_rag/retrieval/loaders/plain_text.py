@@ -57,6 +57,9 @@ def decode_text(data: bytes) -> str:
 
 
 def _guess_encoding(sample: bytes) -> str:
+    runs = [len(run) for run in re.findall(rb"[\x80-\xff]+", sample)]
+    if runs and runs.count(1) >= 0.9 * len(runs):
+        return "cp1252"  # accents stand alone among plain letters; other scripts make runs
     from charset_normalizer import from_bytes
 
     best = from_bytes(sample).best()
