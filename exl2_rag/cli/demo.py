@@ -107,11 +107,12 @@ def _through_llama_index(llm: ExL2LLM, index: DocumentIndex, quiet: bool) -> Ask
     engine = citation_engine(llm, index)
     cold, cold_s = _timed(lambda: engine.query(QUERY_ENGINE_QUESTION), quiet)
     warm, warm_s = _timed(lambda: engine.query(QUERY_ENGINE_QUESTION), quiet)
+    cold_metadata, warm_metadata = cold.metadata or {}, warm.metadata or {}
     quotes = tuple(
         Quote(one["text"], one["quote"], f"{one['source']}, characters {one['start']}–{one['end']}")
-        for one in cold.metadata["citations"]
+        for one in cold_metadata["citations"]
     )
-    usage, warm_usage = cold.metadata["usage"], warm.metadata["usage"]
+    usage, warm_usage = cold_metadata["usage"], warm_metadata["usage"]
     asked = Asked(
         question=QUERY_ENGINE_QUESTION,
         framework="LlamaIndex",
