@@ -25,7 +25,7 @@ from tools.demo_model.start import WORD, company_vectors, embeddings, initialise
 from tools.demo_model.training import Plan, Trainer, Worker
 from tools.demo_model.vocabulary import EOS, train_vocabulary
 
-SETTINGS = {"quote_unit": "sentence", "k": 1, "max_claims": 1, "max_text_chars": 60}
+SETTINGS = {"quote_unit": "sentence", "k": 1, "max_claims": 1, "claim_text": "quote"}
 
 
 def build_tokenizer(corpus: Corpus, train: Sequence[int], *, size: int) -> Tokenizer:
