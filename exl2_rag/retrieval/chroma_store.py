@@ -118,6 +118,11 @@ class ChromaStore:
         if not self._closed:
             self._closed = True
             self._client.close()
+            # Chroma leaves the connections of its HTTP clients open; an embedded client has none.
+            for client in (self._client, getattr(self._client, "_admin_client", None)):
+                session = getattr(getattr(client, "_server", None), "_session", None)
+                if session is not None:
+                    session.close()
             self._release()
 
     def _batches(self, items: Sequence[_T]) -> Iterator[list[_T]]:
