@@ -67,12 +67,14 @@ class AnswerSettings(_Section):
         chunks: retrieved chunks put into the prompt.
         quote_unit: "sentence" (whole sentences) or "span" (any run of words).
         max_claims: claims in an answer at most.
+        claim_text: "model" (its own words, which are not verified) or "quote" (the quote again).
         max_tokens: tokens of an answer at most.
     """
 
     chunks: int | None = Field(default=None, ge=1)
     quote_unit: Literal["sentence", "span"] | None = None
     max_claims: int | None = Field(default=None, ge=1)
+    claim_text: Literal["model", "quote"] | None = None
     max_tokens: int | None = Field(default=None, ge=16)
 
 

@@ -32,7 +32,8 @@ def show(answer: Answer) -> None:
     for claim in answer.claims:
         place = claim.citation
         page = f", page {place.page}" if place.page is not None else ""
-        print(f"  {claim.text}")
+        if claim.text != place.quote:
+            print(f"  {claim.text}")
         print(f'    "{place.quote}"')
         print(f"    {place.source}{page}, characters {place.start}-{place.end}")
     print(f"  [{answer.usage.cached_tokens} of {answer.usage.prompt_tokens} prompt tokens were cached]")

@@ -17,7 +17,8 @@ def render_answer(answer: Answer) -> RenderableType:
     lines: list[RenderableType] = []
     if answer.answerable:
         for claim in answer.claims:
-            lines.append(Text(claim.text, style="bold"))
+            if claim.text != claim.citation.quote:  # some models answer with their quotes
+                lines.append(Text(claim.text, style="bold"))
             lines.append(Padding(Text(f"“{claim.citation.quote}”", style="italic"), (0, 0, 0, 2)))
             lines.append(Padding(Text(place(claim.citation), style="cyan"), (0, 0, 0, 2)))
     else:

@@ -126,7 +126,8 @@ def _through_llama_index(llm: ExL2LLM, index: DocumentIndex, quiet: bool) -> Ask
     )
     if not quiet:
         _title(QUERY_ENGINE_QUESTION, "LlamaIndex query engine")
-        out.print(Text(f"  {asked.answer}", style="bold"))
+        if asked.answer not in {quote.quote for quote in quotes}:
+            out.print(Text(f"  {asked.answer}", style="bold"))
         for quote in quotes:
             out.print(Text(f"    “{quote.quote}”", style="italic"))
             out.print(Text(f"    {quote.place}", style="cyan"))

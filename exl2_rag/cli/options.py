@@ -39,5 +39,6 @@ def answer_settings(settings: Settings, model_dir: Path, chunks: int | None) -> 
         k=answers.chunks if chunks is None else chunks,
         quote_unit=answers.quote_unit,
         max_claims=answers.max_claims,
+        claim_text=answers.claim_text,
         max_tokens=answers.max_tokens,
     )
