@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from exl2_rag import ExL2LLM
+from exl2_rag import ExL2LLM, SamplingParams
 from exl2_rag.llm.chat_template import ChatTemplate, encode_chat
 from exl2_rag.llm.constraint import AnswerWithQuotes
 from exl2_rag.llm.tokenizer import Tokenizer
@@ -223,7 +223,8 @@ def test_the_exported_model_chooses_under_the_engine_as_in_training(
             chunks = [Chunk(s.label, s.passage.title, s.passage.text) for s in shown]
             constraint = AnswerWithQuotes({s.label: s.passage.sentences for s in shown})
             messages = build_messages(case.question, chunks, delimiter)
-            reply = json.loads(llm.chat(messages, constraint=constraint).text)
+            greedy = SamplingParams(temperature=0, max_tokens=400)
+            reply = json.loads(llm.chat(messages, greedy, constraint=constraint).text)
             assert reply["answerable"] == (choice.answerable >= 0)
             if reply["answerable"]:
                 assert reply["claims"][0]["quote"] == choice.quote
