@@ -88,6 +88,10 @@ def test_chunks_carry_their_headings_and_do_not_repeat_them() -> None:
     assert texts(doc) == [("", "Intro."), ("Part > Detail", "Text."), ("Other", "More.")]
 
 
+def test_a_title_heading_with_nothing_under_it_is_carried_by_every_chunk() -> None:
+    assert texts(document("# A title\n\n# Part\n\nText.")) == [("Part", "Text.")]
+
+
 def test_a_heading_that_nothing_follows_is_text() -> None:
     doc = document("## Part\n\nText.\n\n## Call 555-1234\n\n## Last")
     assert texts(doc) == [("Part", "Text."), ("", "## Call 555-1234"), ("", "## Last")]

@@ -29,6 +29,7 @@ def test_the_result_does_not_depend_on_how_many_candidates_there_are() -> None:
 
 def test_a_score_below_zero_counts_as_zero() -> None:
     assert fuse_scores([("a", -0.2), ("b", -0.1)], [("b", 1.0)]) == [("b", 0.5), ("a", 0.0)]
+    assert fuse_scores([("a", 0.5), ("b", -0.25)], [("b", 1.0)]) == [("a", 0.5), ("b", 0.5)]
 
 
 def test_a_weight_of_one_ranks_by_the_dense_score_alone() -> None:
