@@ -20,7 +20,7 @@ from exl2_rag.llm.pin import Pin
 from exl2_rag.llm.prompts import Prompt, Prompts, as_batch, as_token_ids
 from exl2_rag.llm.request import CacheReport, GenerationRequest, GenerationResult, SamplingParams, StreamPiece, Usage
 from exl2_rag.llm.sequence import Evaluation, Sequence
-from exl2_rag.llm.tokenizer import TextBlock, Tokenizer
+from exl2_rag.llm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -318,7 +318,9 @@ class ExL2LLM:
     def score(self, prompt: Prompt, continuation: Prompt) -> list[float]:
         """The natural logarithm of the probability of each token of `continuation` after `prompt`."""
         head = self._encode(prompt)
-        tail = self._encode_continuation(continuation) if isinstance(continuation, str) else tuple(continuation)
+        tail = tuple(
+            self.tokenizer.encode_continuation(continuation) if isinstance(continuation, str) else continuation
+        )
         if not tail:
             raise RequestError("expected a continuation of at least one token, got none")
         rows = self._logits(head + tail, first_row=len(head) - 1)[:-1]
@@ -388,12 +390,6 @@ class ExL2LLM:
         if any(isinstance(one, Mapping) for one in prompt):
             return tuple(self.encode_chat(cast(Seq[Message], prompt), add_generation_prompt=False))
         return as_token_ids(prompt)
-
-    def _encode_continuation(self, text: str) -> tuple[int, ...]:
-        """Token ids of a text that stands after another: without BOS, and without a space put before it."""
-        head = TextBlock("a", trusted=False)
-        n_head = len(self.tokenizer.encode_blocks([head]))
-        return tuple(self.tokenizer.encode_blocks([head, TextBlock(text, trusted=False)])[n_head:])
 
     def _compute(self, sequence: Sequence) -> Usage:
         return _result(self._thread.run_together([sequence])[0]).usage
