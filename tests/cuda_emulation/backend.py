@@ -56,6 +56,7 @@ class EmulatedBackend:
         order: in which order the threads of a block run: "forward", "reverse" or "shuffled". Results must not depend
             on it; where they do, a barrier is missing.
         defines: macros to compile with; for planted faults.
+        source_dir: where the `.cu` files are; for planted faults, a changed copy.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class EmulatedBackend:
         multiprocessors: int = 4,
         order: str = "forward",
         defines: Mapping[str, int] | None = None,
+        source_dir: Path = SOURCE_DIR,
     ) -> None:
         self.arch = arch
         self.multiprocessors = multiprocessors
@@ -72,6 +74,7 @@ class EmulatedBackend:
         self.launches: list[tuple[str, str]] = []
         self._order = ORDERS[order]
         self._defines = tuple(sorted((defines or {}).items()))
+        self._source_dir = source_dir
 
     def launch(
         self,
@@ -96,7 +99,7 @@ class EmulatedBackend:
                 kind, c_type = _KINDS[type(argument)]
                 kinds += kind
                 values.append(c_type(argument.value))
-        library = _load(module, self.arch, self._defines)
+        library = _load(module, self.arch, self._defines, self._source_dir)
         try:
             function = getattr(library, f"{kernel}__emulate")
         except AttributeError:
@@ -135,13 +138,13 @@ def cuda_include_dir() -> Path:
 
 
 @cache
-def _load(module: str, arch: int, defines: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
+def _load(module: str, arch: int, defines: tuple[tuple[str, int], ...], source_dir: Path) -> ctypes.CDLL:
     compiler = library_build.find_compiler()
     options = [f"-DEXL2_ARCH={arch}", *(f"-D{name}={value}" for name, value in defines)]
     digest = hashlib.sha256(repr((module, options, _FLAGS, compiler)).encode())
     digest.update(library_build.compiler_version(compiler).encode())
     digest.update(str(cuda_include_dir()).encode())
-    sources = [SOURCE_DIR / f"{module}.cu", *SOURCE_DIR.glob("*.cuh"), *_HERE.glob("*.h")]
+    sources = [source_dir / f"{module}.cu", *source_dir.glob("*.cuh"), *_HERE.glob("*.h")]
     sources.append(SOURCE_DIR.parent / "exl2_layout.h")
     for source in sorted(sources):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
@@ -150,15 +153,15 @@ def _load(module: str, arch: int, defines: tuple[tuple[str, int], ...]) -> ctype
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             if not path.exists():
-                _build(module, path, compiler, options)
+                _build(module, path, compiler, options, source_dir)
     return ctypes.CDLL(str(path))
 
 
-def _build(module: str, path: Path, compiler: list[str], options: list[str]) -> None:
-    source = SOURCE_DIR / f"{module}.cu"
+def _build(module: str, path: Path, compiler: list[str], options: list[str], source_dir: Path) -> None:
+    source = source_dir / f"{module}.cu"
     if not source.is_file():
-        raise KernelError(f"there is no module '{module}' in {SOURCE_DIR}")
-    includes = [f"-I{directory}" for directory in (_HERE, SOURCE_DIR, SOURCE_DIR.parent)]
+        raise KernelError(f"there is no module '{module}' in {source_dir}")
+    includes = [f"-I{directory}" for directory in (_HERE, source_dir, SOURCE_DIR.parent)]
     includes += ["-isystem", str(cuda_include_dir())]
     common = [*compiler, *_FLAGS, "-DEXL2_EMULATION", *options, *includes, "-include", "emulation.h", "-x", "c++"]
     listed = _run([*common, "-DEXL2_LIST_KERNELS", "-E", str(source)])
