@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
-from torch import Tensor
+if TYPE_CHECKING:  # compiling kernels ahead needs no torch
+    from torch import Tensor
 
 SOURCE_DIR: Final = Path(__file__).resolve().parent / "cuda"
 """Where the `.cu` files are; each is a module, named by its stem."""
@@ -48,7 +49,7 @@ class F32:
 
 
 Scalar = I32 | I64 | F32
-Argument = Tensor | Scalar | None
+Argument: TypeAlias = "Tensor | Scalar | None"
 Dim3 = tuple[int, int, int]
 
 

@@ -14,12 +14,13 @@ import json
 import logging
 import os
 import re
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -232,9 +233,13 @@ class ModuleCache:
 
     def __init__(self, toolchain: Toolchain, directory: Path | None = None, *, source_dir: Path = SOURCE_DIR) -> None:
         self._toolchain = toolchain
-        self._directory = cache_directory() if directory is None else directory
+        self.directory = cache_directory() if directory is None else directory
         self._source_dir = source_dir
         self._headers = _read_headers(source_dir, toolchain.include_dir)
+
+    def has(self, module: str, arch: int) -> bool:
+        """Whether the module is kept, whole or not."""
+        return self._path(module, self._source(module), arch).exists()
 
     def get(self, module: str, arch: int) -> CompiledModule:
         """The module, compiled now if it is not kept yet or what is kept is damaged.
@@ -246,7 +251,7 @@ class ModuleCache:
         from filelock import FileLock, Timeout
 
         source = self._source(module)
-        path = self._directory / f"cuda_{module}_{arch}-{self._key(module, source, arch)}.cubin"
+        path = self._path(module, source, arch)
         kept = _read(path, module, arch)
         if kept is not None:
             return kept
@@ -268,7 +273,7 @@ class ModuleCache:
             raise KernelError(f"another process has held {error.lock_file} for {_LOCK_TIMEOUT_S} s") from error
         except OSError as error:
             raise KernelError(
-                f"compiled CUDA kernels cannot be written to {self._directory} ({error}); free space there, or set "
+                f"compiled CUDA kernels cannot be written to {self.directory} ({error}); free space there, or set "
                 "EXL2_RAG_CACHE to a directory that can be written to"
             ) from error
 
@@ -278,9 +283,10 @@ class ModuleCache:
             raise KernelError(f"there is no CUDA module '{module}' in {self._source_dir}")
         return path.read_text(encoding="utf-8")
 
-    def _key(self, module: str, source: str, arch: int) -> str:
+    def _path(self, module: str, source: str, arch: int) -> Path:
         parts = (module, arch, _OPTIONS, self._toolchain.version, hashlib.sha256(source.encode()).hexdigest())
-        return hashlib.sha256(f"{parts!r}{self._headers}".encode()).hexdigest()[:32]
+        key = hashlib.sha256(f"{parts!r}{self._headers}".encode()).hexdigest()[:32]
+        return self.directory / f"cuda_{module}_{arch}-{key}.cubin"
 
     def _compile(self, module: str, source: str, arch: int, path: Path) -> CompiledModule:
         _logger.info("compiling %s for sm_%d", module, arch)
@@ -366,22 +372,44 @@ class BuildResult:
 
 
 def build_all(architectures: Sequence[int], names: Sequence[str] | None = None, *, jobs: int = 1) -> list[BuildResult]:
-    """Compile modules for architectures into the cache, in `jobs` processes: NVRTC compiles one at a time in each.
+    """Compile modules for architectures into the cache, `jobs` at a time.
+
+    NVRTC compiles one module at a time in a process, so each gets a process of its own. Those are started as programs:
+    `multiprocessing` would run the caller's script again.
 
     Args:
         architectures: compute capabilities.
         names: modules; None is all of them.
+        jobs: processes at the same time; 1 compiles in this one.
     """
+    kept = module_cache()
     tasks = [(module, arch) for module in (modules() if names is None else names) for arch in architectures]
-    if jobs <= 1 or len(tasks) == 1:
-        return [_build_one(task) for task in tasks]
-    with ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=get_context("spawn")) as pool:
-        return list(pool.map(_build_one, tasks))
+
+    def build(task: tuple[str, int]) -> BuildResult:
+        module, arch = task
+        try:
+            if jobs > 1 and not kept.has(module, arch):
+                # What goes wrong there goes wrong here too, with its message.
+                command = [sys.executable, "-m", __spec__.name, str(kept.directory), module, str(arch)]
+                subprocess.run(command, capture_output=True, check=False)
+            return BuildResult(module, arch, kept.get(module, arch), None)
+        except KernelError as error:
+            return BuildResult(module, arch, None, str(error))
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(build, tasks))
 
 
-def _build_one(task: tuple[str, int]) -> BuildResult:
-    module, arch = task
+def main(arguments: Sequence[str]) -> int:
+    """Compile one module: DIRECTORY MODULE ARCH. What `build_all` starts."""
+    directory, module, arch = arguments
     try:
-        return BuildResult(module, arch, module_cache().get(module, arch), None)
+        ModuleCache(Nvrtc(), Path(directory)).get(module, int(arch))
     except KernelError as error:
-        return BuildResult(module, arch, None, str(error))
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
