@@ -95,11 +95,11 @@ def _records(results: list[BuildResult]) -> list[dict[str, object]]:
 def _table(results: list[BuildResult]) -> Table:
     table = Table()
     table.add_column("kernel", no_wrap=True)
-    table.add_column("arch")
-    for column in ("registers", "shared bytes", "stack bytes", "spilled bytes"):
-        table.add_column(column, justify="right")
+    table.add_column("arch", no_wrap=True)
+    for column in ("registers", "shared\nbytes", "stack\nbytes", "spilled\nbytes"):
+        table.add_column(column, justify="right", no_wrap=True)
     for record in _records(results):
         spills = Text(str(record["spill_bytes"]), style="bold red" if record["spill_bytes"] else "")
         numbers = (str(record[name]) for name in ("registers", "shared_bytes", "stack_bytes"))
-        table.add_row(f"{record['module']}.{record['kernel']}", str(record["arch"]), *numbers, spills)
+        table.add_row(str(record["kernel"]), str(record["arch"]), *numbers, spills)
     return table
