@@ -165,7 +165,8 @@ EXL2_EMU_LDMATRIX(ldmatrix_x2_trans, 2, true)
 EXL2_EMU_LDMATRIX(ldmatrix_x4_trans, 4, true)
 #undef EXL2_EMU_LDMATRIX
 
-// A copy is done at the latest moment the program allows, so that a missing wait shows. On sm_75 it is done at once.
+// A copy is done at the latest moment the program allows, so that a missing wait shows; with EXL2_EMU_EARLY_COPIES at once,
+// so that a target still being read shows. On sm_75 it is always done at once.
 inline void exl2_emu_copy(const emu::AsyncCopy& copy) {
     std::memcpy(copy.target, copy.source, copy.from_source);
     std::memset(static_cast<char*>(copy.target) + copy.from_source, 0, copy.bytes - copy.from_source);
@@ -176,7 +177,7 @@ void exl2_emu_cp_async(void* target, const void* source, int from_source) {
         emu::fail("cp_async_%d: target or source is not aligned to %d bytes", kBytes, kBytes);
     }
     const emu::AsyncCopy copy{target, source, kBytes, from_source};
-#if EXL2_ARCH >= 80
+#if EXL2_ARCH >= 80 && !defined(EXL2_EMU_EARLY_COPIES)
     emu::block.current->copies.push_back(copy);
 #else
     exl2_emu_copy(copy);

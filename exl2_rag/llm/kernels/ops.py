@@ -52,6 +52,10 @@ TOLERANCES: Final[dict[str, Tolerance]] = {
     # Matmuls: float32 sums of K products of numbers around 1.
     "exl2_matmul": Tolerance(2e-5, 2e-5),
     "gptq_matmul": Tolerance(2e-5, 2e-5),
+    # On float16 activations. The result is rounded to float16 (2^-11 of it at most), and tensor cores add sixteen products
+    # at a time, cutting off below about 2^-23 of the largest number: with some hundred products around 1, 1e-5 a step.
+    "exl2_matmul_half": Tolerance(2e-4, 6e-4),
+    "gptq_matmul_half": Tolerance(2e-4, 6e-4),
     "dense_matmul": Tolerance(2e-5, 2e-5),
     "rms_norm": Tolerance(2e-6, 2e-6),
     "silu_mul": Tolerance(2e-6, 2e-6),
