@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exl2_rag.llm.cuda_graphs import DecodeGraphs
 from exl2_rag.llm.forward_inputs import ForwardInputs
 from exl2_rag.llm.kv_cache import KVCache
 from exl2_rag.llm.page_table import PageCopy
 from exl2_rag.llm.scheduler import Slice
+from exl2_rag.llm.step_arrays import StepArrays
 
 
 class Model(Protocol):
@@ -30,12 +32,14 @@ class ModelRunner:
         model: computes logits.
         cache: its keys and values.
         device: where the inputs go.
+        graphs: run decode steps, where they can.
     """
 
-    def __init__(self, model: Model, cache: KVCache, device: torch.device) -> None:
+    def __init__(self, model: Model, cache: KVCache, device: torch.device, graphs: DecodeGraphs | None = None) -> None:
         self.cache = cache
         self._model = model
         self._device = device
+        self._graphs = graphs
 
     def copy_rows(self, copies: Seq[PageCopy]) -> None:
         """Carry out the copies, in their order."""
@@ -48,14 +52,20 @@ class ModelRunner:
 
         Returns:
             For each slice [rows, V] float32: one row if its end is reached and a token is to follow, the rows an
-            evaluation asks for, or none.
+            evaluation asks for, or none. Those of a decode step are valid until the next call.
         """
         wanted = [wanted_rows(one) for one in slices]
-        logits = self._model.forward(self.build_inputs(slices, wanted), self.cache)
+        arrays = self._arrays(slices, wanted)
+        logits = None if self._graphs is None else self._graphs.run(arrays)
+        if logits is None:
+            logits = self._model.forward(arrays.to(self._device), self.cache)
         return list(torch.split(logits, [len(rows) for rows in wanted]))
 
     def build_inputs(self, slices: Seq[Slice], wanted: Seq[range]) -> ForwardInputs:
         """The ragged batch of the slices; `wanted` are the rows of each, counted from its start, that need logits."""
+        return self._arrays(slices, wanted).to(self._device)
+
+    def _arrays(self, slices: Seq[Slice], wanted: Seq[range]) -> StepArrays:
         page_size = self.cache.page_size
         counts = np.array([one.n_tokens for one in slices], dtype=np.int64)
         starts = np.concatenate([[0], np.cumsum(counts)])
@@ -75,18 +85,15 @@ class ModelRunner:
             slots[rows] = pages[place // page_size] * page_size + place % page_size
             page_table[row, : len(pages)] = pages
         logit_rows = [starts[row] + offset for row, offsets in enumerate(wanted) for offset in offsets]
-        return ForwardInputs(
-            token_ids=self._tensor(token_ids),
-            positions=self._tensor(positions),
-            slot_mapping=self._tensor(slots),
-            page_table=self._tensor(page_table),
-            query_starts=self._tensor(starts.astype(np.int32)),
-            context_lens=self._tensor(context_lens),
-            logit_rows=self._tensor(np.array(logit_rows, dtype=np.int64)),
+        return StepArrays(
+            token_ids=token_ids,
+            positions=positions,
+            slot_mapping=slots,
+            page_table=page_table,
+            query_starts=starts.astype(np.int32),
+            context_lens=context_lens,
+            logit_rows=np.array(logit_rows, dtype=np.int64),
         )
-
-    def _tensor(self, array: np.ndarray[tuple[int, ...], np.dtype[np.int32] | np.dtype[np.int64]]) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
 
 
 def wanted_rows(one: Slice) -> range:

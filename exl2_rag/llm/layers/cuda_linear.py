@@ -117,7 +117,7 @@ class PlainLinear:
         # Widened a slab at a time: never the whole of a large matrix at once.
         step = max(1, _SLAB_WEIGHTS // self.weight.shape[1])
         wide = x.to(torch.float32)
-        slabs = [wide @ slab.to(torch.float32).T for slab in self.weight.split(step)]
+        slabs = [wide @ slab.to(torch.float32).T for slab in torch.split(self.weight, step)]
         product = slabs[0] if len(slabs) == 1 else torch.cat(slabs, dim=1)
         return product if self.bias is None else product + self.bias
 
@@ -178,7 +178,9 @@ def load_cuda_linear(
             weights = cuda_weights.exl2_prepare(*(tensors[name] for name in EXL2_PARTS))
         else:
             weights = cuda_weights.gptq_prepare(
-                *(tensors[name] for name in ("qweight", "qzeros", "scales")),
+                tensors["qweight"],
+                tensors["qzeros"],
+                tensors["scales"],
                 tensors.get("g_idx"),
                 zero_offset=zero_offset(gptq_format),
             )

@@ -131,8 +131,10 @@ class CudaDecoder:
         v_pages: Tensor | QuantisedPages,
     ) -> None:
         """hidden += the attention of the layer."""
+        head_dim = self.config.head_dim
         q, k, v = (
-            part.unflatten(1, (-1, self.config.head_dim)) for part in layer.qkv(self._normed(layer.input_norm, hidden))
+            part.view(part.shape[0], part.shape[1] // head_dim, head_dim)
+            for part in layer.qkv(self._normed(layer.input_norm, hidden))
         )
         place = (self._rotary.cos, self._rotary.sin, inputs.positions, inputs.slot_mapping)
         if isinstance(k_pages, QuantisedPages) and isinstance(v_pages, QuantisedPages):
