@@ -26,11 +26,11 @@ MAX_HEAD_DIM: Final = 256
 _THREADS: Final = 128
 _LOG2_E: Final = 1.4426950408889634
 _PASS_ALL, _PASS_PREFIX, _PASS_REST = 0, 1, 2
-_HEAD_DIMS: Final = (64, 128, 256)  # instances of the kernels; smaller heads take the next one, unread numbers being 0
-_QUERY_SUFFIXES: Final = {torch.float16: "16", torch.float32: "32"}
-_MODULES: Final = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", 8: "q8", 6: "q6", 4: "q4"}
+_SUFFIXES: Final = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+_MODULES: Final = {**_SUFFIXES, 8: "q8", 6: "q6", 4: "q4"}
 _KEY_RUN: Final = 16  # keys that must lie in one page
-_EXCHANGE_BYTES: Final = 4 * 16 * (64 + 4) * 4 + 4 * 16 * 2 * 4
+_WARPS: Final = 4
+_WARP_LINES: Final = 16
 
 # Partial results take memory: up to the first limit where the tiles alone fill the card, up to the second where only
 # the splits do. Beyond, one block takes all splits of its tile in turn.
@@ -40,24 +40,32 @@ _LARGE_WORKSPACE_BYTES: Final = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class _Kernel:
-    """One instance. `tile_lines` as in its source; `loop_above`: lines that a unit must exceed to be taken in turn."""
+    """One instance.
+
+    Attributes:
+        shared_bytes: dynamic shared memory.
+        tile_lines: kTileLines of its source.
+        loop_above: lines that a unit must exceed to be taken in turn; `apart_lines` of the tensor-core kernels.
+        terms: dtype of the two terms in which it wants each query, or None for queries as they are.
+    """
 
     module: str
     name: str
     shared_bytes: int
     tile_lines: int
     loop_above: int
+    terms: torch.dtype | None
 
 
 def _choose_kernel(backend: Backend, q: Tensor, pages: Pages, page_size: int) -> _Kernel:
     head_dim = q.shape[2]
-    suffix = _QUERY_SUFFIXES[q.dtype]
+    suffix = _SUFFIXES[q.dtype]
     kind = pages.bits if isinstance(pages, QuantisedPages) else pages.dtype
     if head_dim > MAX_HEAD_DIM:
         raise ShapeError(f"paged_attention: heads of up to {MAX_HEAD_DIM} numbers are supported, these have {head_dim}")
     if kind == torch.float32:
         shared_bytes = 4 * ((16 + 32) * (head_dim + 1) + 16 * 32)
-        return _Kernel("paged_attention_f32", f"paged_attention_q{suffix}", shared_bytes, 16, 0)
+        return _Kernel("paged_attention_f32", f"paged_attention_{suffix}", shared_bytes, 16, 0, None)
     if head_dim % 8 or page_size % _KEY_RUN:
         raise ShapeError(
             f"paged_attention: on CUDA heads must have a multiple of 8 numbers and pages a multiple of {_KEY_RUN} tokens, "
@@ -68,12 +76,14 @@ def _choose_kernel(backend: Backend, q: Tensor, pages: Pages, page_size: int) ->
             f"paged_attention: bfloat16 pages need compute capability 8.0, this card has "
             f"{backend.arch // 10}.{backend.arch % 10}; use float16 or quantised pages"
         )
-    bucket = next(size for size in _HEAD_DIMS if size >= head_dim)
-    terms = 2 if q.dtype == torch.float32 or kind == torch.bfloat16 else 1
-    query_bytes = bucket // 32 * terms * 2 * WARP_THREADS * 16  # of 16 lines
-    shared_bytes = max(4 * query_bytes, query_bytes + _EXCHANGE_BYTES)
-    name = f"paged_attention_q{suffix}_d{bucket}"
-    return _Kernel(f"paged_attention_{_MODULES[kind]}", name, shared_bytes, 64, 16)
+    apart_lines = 16 if head_dim <= 128 else 8
+    columns = ceil_div(head_dim, 64) * 64
+    apart_bytes = _WARPS * 4 * (apart_lines * columns + 2 * _WARP_LINES)
+    shared_bytes = max(_WARPS * 4 * _WARP_LINES * columns, apart_bytes)
+    is_fast = q.dtype == torch.float16 and kind != torch.bfloat16
+    name = "paged_attention_fast" if is_fast else "paged_attention_exact"
+    terms = None if is_fast else torch.bfloat16 if kind == torch.bfloat16 else torch.float16
+    return _Kernel(f"paged_attention_{_MODULES[kind]}", name, shared_bytes, 64, apart_lines, terms)
 
 
 def _max_splits(keys: int) -> int:
@@ -135,6 +145,7 @@ def paged_attention(
     entries = batch * kv_heads * kernel.loop_above if loops else rows * heads
     outputs, sums = _workspace(max(1, entries * n_slots), head_dim, q.device)
     total_outputs, total_sums = _workspace(rows * heads, head_dim, q.device) if loops else (None, None)
+    queries = q if kernel.terms is None else _terms(backend, q, kernel.terms)
     ends: tuple[Argument, ...] = (outputs, sums, total_outputs, total_sums)
 
     def attend(which: int, splits: int, tiles: int) -> None:
@@ -144,7 +155,7 @@ def paged_attention(
             (splits, kv_heads, tiles),
             (_THREADS, 1, 1),
             (
-                *(q, k, v, k_scales, v_scales, page_table, query_starts, context_lens, group_starts, group_prefix_pages),
+                *(queries, k, v, k_scales, v_scales, page_table, query_starts, context_lens, group_starts, group_prefix_pages),
                 *ends,
                 I32(batch),
                 I32(0 if group_prefix_pages is None else group_prefix_pages.shape[0]),
@@ -176,7 +187,7 @@ def paged_attention(
     is_quantised = isinstance(k_pages, QuantisedPages)
     backend.launch(
         "attention_combine",
-        "attention_combine_f16" if q.dtype == torch.float16 else "attention_combine_f32",
+        f"attention_combine_{_SUFFIXES[q.dtype]}",
         (rows, heads, 1),
         (ceil_div(head_dim, WARP_THREADS) * WARP_THREADS, 1, 1),
         (
@@ -205,6 +216,21 @@ def _parts(k_pages: Pages, v_pages: Pages) -> tuple[Tensor, Tensor, Tensor | Non
     assert isinstance(k_pages, Tensor)
     assert isinstance(v_pages, Tensor)
     return k_pages, v_pages, None, None
+
+
+def _terms(backend: Backend, q: Tensor, dtype: torch.dtype) -> Tensor:
+    """[T, H, D] to [T, H, 2, D]: each number as the sum of two of `dtype`."""
+    rows, heads, head_dim = q.shape
+    terms = torch.empty((rows, heads, 2, head_dim), dtype=dtype, device=q.device)
+    threads = 256
+    backend.launch(
+        "attention_terms",
+        f"attention_terms_{_SUFFIXES[q.dtype]}_{_SUFFIXES[dtype]}",
+        (ceil_div(q.numel(), threads), 1, 1),
+        (threads, 1, 1),
+        (q, terms, I32(head_dim), I64(q.numel())),
+    )
+    return terms
 
 
 def _workspace(entries: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -239,7 +265,7 @@ def quantise_kv_write(
     kv_heads = k.shape[1]
     backend.launch(
         "kv_quantise",
-        f"kv_quantise_q{k_pages.bits}_{'f16' if q.dtype == torch.float16 else 'f32'}",
+        f"kv_quantise_q{k_pages.bits}_{_SUFFIXES[q.dtype]}",
         (rows, heads + 2 * kv_heads, 1),
         (head_dim, 1, 1),
         (

@@ -156,5 +156,5 @@ __device__ __forceinline__ void paged_attention_f32(const Query* q, const float*
                         heads, kv_heads, window},                                                                       \
             exl2::Partials{outputs, sums, total_outputs, total_sums, n_slots, loop_above}, pass, scale, softcap);       \
     }
-EXL2_PAGED_ATTENTION_F32(paged_attention_q16, __half)
-EXL2_PAGED_ATTENTION_F32(paged_attention_q32, float)
+EXL2_PAGED_ATTENTION_F32(paged_attention_f16, __half)
+EXL2_PAGED_ATTENTION_F32(paged_attention_f32, float)
