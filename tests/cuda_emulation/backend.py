@@ -34,7 +34,7 @@ _FLAGS: Final = (
     "-fno-gnu-unique",  # every module has its own block, though they are all in one process
     "-fno-strict-aliasing",
     "-ffp-contract=off",
-    "-fsanitize=alignment,bounds",
+    "-fsanitize=alignment,bounds,null",
     "-Wall",
     "-Wno-unknown-pragmas",
     "-Wno-unused-function",

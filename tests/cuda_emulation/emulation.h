@@ -390,7 +390,7 @@ const char* launch_kernel(void (*kernel)(P...), const unsigned grid[3], const un
         return emu::launch_kernel(kernel, grid, dims, shared_bytes, order, kinds, arguments);              \
     }
 
-// ---- undefined behaviour: -fsanitize=alignment,bounds calls these ---------------------------------------------------
+// ---- undefined behaviour: -fsanitize=alignment,bounds,null calls these ---------------------------------------------------
 
 namespace emu {
 struct SourceLocation {
@@ -404,10 +404,10 @@ struct AlignmentData {
 };
 }  // namespace emu
 
-extern "C" inline void __ubsan_handle_type_mismatch_v1(emu::AlignmentData* data, std::uintptr_t pointer) {
+extern "C" __attribute__((used)) void __ubsan_handle_type_mismatch_v1(emu::AlignmentData* data, std::uintptr_t pointer) {
     emu::fail("%s:%u: address %#zx is null or not a multiple of %d", emu::base_name(data->at.file), data->at.line,
               static_cast<std::size_t>(pointer), 1 << data->log_alignment);
 }
-extern "C" inline void __ubsan_handle_out_of_bounds(emu::SourceLocation* at, std::uintptr_t index) {
+extern "C" __attribute__((used)) void __ubsan_handle_out_of_bounds(emu::SourceLocation* at, std::uintptr_t index) {
     emu::fail("%s:%u: index %lld is out of bounds", emu::base_name(at->file), at->line, static_cast<long long>(index));
 }

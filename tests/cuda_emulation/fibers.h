@@ -11,6 +11,7 @@
 // Errors do not unwind: the message is kept, the block is abandoned, and the launch returns the message.
 #pragma once
 
+#include <signal.h>
 #include <sys/mman.h>
 
 #include <cstdarg>
@@ -32,6 +33,7 @@ constexpr int kMaxThreads = 1024;
 constexpr int kBarriers = 16;              // as many as the hardware has for a block
 constexpr std::size_t kStackBytes = 128 << 10;
 constexpr std::size_t kCanaryBytes = 256;  // after the end of shared memory: writing there is noticed
+constexpr std::size_t kStaticBytes = 64 << 10;
 constexpr unsigned char kPoison = 0xFF;    // NaN as float32, float16 and bfloat16; -1 as a signed integer
 
 #if defined(__x86_64__)
@@ -121,10 +123,11 @@ struct Block {
     Thread* current;
     void (*body)(void*);
     void* arguments;
-    char* shared;            // dynamic shared memory, then the canary, for static shared memory see SharedArray
+    char* shared;            // dynamic shared memory, then the canary, static shared memory: see SharedArray
     std::size_t shared_bytes, shared_capacity;
-    std::size_t static_bytes, static_limit;
     char* static_shared;
+    std::size_t static_used;
+    std::vector<std::pair<std::size_t, std::size_t>> static_gaps;  // first and last byte of what lies between arrays
     int order;               // 0 first to last, 1 last to first, 2 shuffled
     std::uint64_t random;
     bool failed;
@@ -338,7 +341,7 @@ inline void run_block() {
     for (Warp& warp : block.warps) warp = Warp{};
     for (Barrier& barrier : block.barriers) barrier = Barrier{};
     std::memset(block.shared, kPoison, block.shared_bytes + kCanaryBytes);
-    std::memset(block.static_shared, kPoison, block.static_limit);
+    std::memset(block.static_shared, kPoison, kStaticBytes);
     int list[kMaxThreads];
     for (int i = 0; i < block.n_threads; ++i) {
         Thread& thread = block.threads[i];
@@ -359,13 +362,22 @@ inline void run_block() {
         }
     }
     if (block.failed) return;
-    const auto is_poison = [](const char* from) {
-        for (std::size_t i = 0; i < kCanaryBytes; ++i) {
-            if (static_cast<unsigned char>(from[i]) != kPoison) return false;
+    const auto is_poison = [](const char* from, const char* to) {
+        for (; from < to; ++from) {
+            if (static_cast<unsigned char>(*from) != kPoison) return false;
         }
         return true;
     };
-    if (!is_poison(block.shared + block.shared_bytes)) {
+    bool static_whole = true;
+    for (const auto& [first, last] : block.static_gaps) {
+        static_whole = static_whole && is_poison(block.static_shared + first, block.static_shared + last);
+    }
+    const char* end = block.shared + block.shared_bytes;
+    if (!static_whole) {
+        std::snprintf(block.message, sizeof block.message, "block (%u, %u, %u) wrote beyond a static shared array",
+                      block.block_index.x, block.block_index.y, block.block_index.z);
+        block.failed = true;
+    } else if (!is_poison(end, end + kCanaryBytes)) {
         std::snprintf(block.message, sizeof block.message,
                       "block (%u, %u, %u) wrote beyond its %zu bytes of dynamic shared memory", block.block_index.x,
                       block.block_index.y, block.block_index.z, block.shared_bytes);
@@ -387,6 +399,9 @@ inline void run_block() {
     }
 }
 
+// An access to memory that is not there ends the launch as any other mistake does. The stack is the thread's own.
+inline void on_crash(int) { fail("access to an address outside of all memory"); }
+
 // Runs a kernel: `body` is called once for each thread with `arguments`. Returns null, or what went wrong.
 inline const char* launch(const unsigned grid[3], const unsigned dims[3], std::size_t shared_bytes, int order,
                           void (*body)(void*), void* arguments) {
@@ -407,16 +422,20 @@ inline const char* launch(const unsigned grid[3], const unsigned dims[3], std::s
         block.shared = static_cast<char*>(std::aligned_alloc(1024, (needed + 1023) / 1024 * 1024));
         block.shared_capacity = needed;
     }
-    if (block.static_shared == nullptr) {
-        block.static_limit = 64 << 10;
-        block.static_shared = static_cast<char*>(std::aligned_alloc(1024, block.static_limit + 1024));
-    }
+    if (block.static_shared == nullptr) block.static_shared = static_cast<char*>(std::aligned_alloc(1024, kStaticBytes));
+    struct sigaction crash = {}, segv, bus;
+    crash.sa_handler = on_crash;
+    crash.sa_flags = SA_NODEFER;
+    sigaction(SIGSEGV, &crash, &segv);
+    sigaction(SIGBUS, &crash, &bus);
     const std::uint64_t n_blocks = std::uint64_t(grid[0]) * grid[1] * grid[2];
     for (std::uint64_t i = 0; i < n_blocks && !block.failed; ++i) {
         const std::uint64_t at = order == 1 ? n_blocks - 1 - i : i;
         block.block_index = dim3(at % grid[0], at / grid[0] % grid[1], at / (std::uint64_t(grid[0]) * grid[1]));
         run_block();
     }
+    sigaction(SIGSEGV, &segv, nullptr);
+    sigaction(SIGBUS, &bus, nullptr);
     return block.failed ? block.message : nullptr;
 }
 
@@ -424,9 +443,10 @@ inline const char* launch(const unsigned grid[3], const unsigned dims[3], std::s
 class SharedArray {
   public:
     explicit SharedArray(std::size_t bytes) {
-        offset_ = block.static_bytes;
-        block.static_bytes += (bytes + 127) / 128 * 128;
-        if (block.static_bytes > 48 << 10) fail("more than 48 KiB of static shared memory");
+        offset_ = block.static_used;
+        block.static_used += (bytes + 64 + 127) / 128 * 128;
+        if (block.static_used > kStaticBytes) fail("more than 48 KiB of static shared memory");
+        block.static_gaps.emplace_back(offset_ + bytes, block.static_used);
     }
     void* data() const { return block.static_shared + offset_; }
 

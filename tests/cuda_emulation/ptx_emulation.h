@@ -205,6 +205,18 @@ inline void cp_async_wait_all() {
     cp_async_wait<0>();
 }
 
+using SharedAddress = unsigned char*;
+inline SharedAddress shared_address(const void* pointer) {
+    return static_cast<unsigned char*>(const_cast<void*>(pointer));
+}
+template <class Word>
+Word ld_shared(SharedAddress at) {
+    return *reinterpret_cast<const Word*>(at);
+}
+inline void cp_async_16_if(SharedAddress target, const void* source, bool wanted) {
+    if (wanted) cp_async_16(target, source);
+}
+
 inline uint4 ld_global_nc_v4(const void* at) { return *static_cast<const uint4*>(at); }
 inline uint2 ld_global_nc_v2(const void* at) { return *static_cast<const uint2*>(at); }
 inline unsigned ld_global_nc(const void* at) { return *static_cast<const unsigned*>(at); }
