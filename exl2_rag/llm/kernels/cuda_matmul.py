@@ -182,6 +182,7 @@ def _gemv(
             _optional(weights.stored_rows),
             *_matrix(weights),
             weights.slices,
+            weights.spans,
             bias,
             y,
             I64(y.stride(0)),
@@ -190,6 +191,7 @@ def _gemv(
             I32(weights.in_features),
             I32(weights.n_chunks),
             I32(x.shape[0]),
+            I32(weights.n_slices),
             I32(weights.n_sections),
         ),
         shared_bytes=_gemv_bytes(backend, weights, rows, x.element_size()),
@@ -314,7 +316,7 @@ def _library_matmul(
     step = max(1, _SCRATCH_BYTES // (weights.in_features * x.element_size() * TILE_COLUMNS))
     if step > _SCRATCH_COLUMNS // TILE_COLUMNS:
         step -= step % (_SCRATCH_COLUMNS // TILE_COLUMNS)
-    with _full_precision():
+    with full_precision():
         for first in range(0, n_tiles, step):
             last = min(first + step, n_tiles)
             columns = slice(first * TILE_COLUMNS, last * TILE_COLUMNS)
@@ -333,7 +335,7 @@ def _library_matmul(
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """Library products without TF32 and without float16 sums, whatever the process has set."""
     matmul = torch.backends.cuda.matmul
     reduced = matmul.allow_fp16_reduced_precision_reduction

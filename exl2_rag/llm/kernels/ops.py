@@ -3,7 +3,8 @@
 Each op is a torch operator (namespace `exl2_rag`) with an implementation per device and a fake for tracing. Each has
 its namesake in `reference.py`, and a tolerance here that every implementation keeps against it. What row t of a
 result holds depends on row t of the input alone: not on T, not on the other rows, not on the threads, because the
-order of additions is fixed. Prefix hits, batching and slicing therefore change nothing.
+order of additions is fixed. Prefix hits, batching and slicing therefore change nothing. Where activations are float32,
+on CUDA they may be float16 too; the result has their dtype.
 
 Knows nothing of layers or files. Inputs may be strided, weights and pages may not: copying those would hide a cost.
 """
@@ -70,6 +71,16 @@ def _check_float(op: str, name: str, tensor: Tensor, dims: int) -> None:
     if tensor.dtype != torch.float32:
         raise DTypeError(f"{op}: {name} must be float32, it is {tensor.dtype}; convert it before the call")
     if tensor.dim() != dims:
+        raise ShapeError(f"{op}: {name} must have {dims} dimensions, its shape is {list(tensor.shape)}")
+
+
+def _check_activations(op: str, name: str, tensor: Tensor, dims: int) -> None:
+    """float32, on CUDA float16 as well."""
+    if tensor.device.type != "cuda":
+        _check_float(op, name, tensor, dims)
+    elif tensor.dtype not in (torch.float32, torch.float16):
+        raise DTypeError(f"{op}: {name} must be float32 or float16, it is {tensor.dtype}; convert it before the call")
+    elif tensor.dim() != dims:
         raise ShapeError(f"{op}: {name} must have {dims} dimensions, its shape is {list(tensor.shape)}")
 
 
@@ -227,7 +238,7 @@ def dense_matmul(x: Tensor, weight: Tensor) -> Tensor:
     Raises:
         ShapeError, DTypeError, DeviceError: the two do not fit.
     """
-    _check_float("dense_matmul", "x", x, 2)
+    _check_activations("dense_matmul", "x", x, 2)
     if weight.dtype not in _FLOATS:
         raise DTypeError(f"dense_matmul: weight must be float32, float16 or bfloat16, it is {weight.dtype}")
     if weight.dim() != 2 or weight.shape[1] != x.shape[1] or not weight.is_contiguous():
@@ -254,7 +265,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Raises:
         ShapeError, DTypeError, DeviceError: the two do not fit.
     """
-    _check_float("rms_norm", "x", x, 2)
+    _check_activations("rms_norm", "x", x, 2)
     _check_float("rms_norm", "weight", weight, 1)
     if weight.shape[0] != x.shape[1]:
         raise ShapeError(f"rms_norm: weight must be [{x.shape[1]}], it is {list(weight.shape)}")
@@ -275,8 +286,8 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     Raises:
         ShapeError, DTypeError, DeviceError: the two do not fit.
     """
-    _check_float("silu_mul", "gate", gate, 2)
-    _check_float("silu_mul", "up", up, 2)
+    _check_activations("silu_mul", "gate", gate, 2)
+    _check_activations("silu_mul", "up", up, 2)
     if gate.shape != up.shape:
         raise ShapeError(f"silu_mul: gate is {list(gate.shape)}, up is {list(up.shape)}; they must be alike")
     _check_devices("silu_mul", gate, up)
@@ -325,8 +336,12 @@ def rope_cache_write(
         ShapeError, DTypeError, DeviceError: a tensor does not fit, or a position or slot is out of range.
     """
     op = "rope_cache_write"
-    for name, tensor, dims in (("q", q, 3), ("k", k, 3), ("v", v, 3), ("cos", cos, 2), ("sin", sin, 2)):
-        _check_float(op, name, tensor, dims)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _check_activations(op, name, tensor, 3)
+        if tensor.dtype != q.dtype:
+            raise DTypeError(f"{op}: q, k and v must be of one dtype, {name} is {tensor.dtype} and q is {q.dtype}")
+    for name, tensor in (("cos", cos), ("sin", sin)):
+        _check_float(op, name, tensor, 2)
     for name, tensor in (("positions", positions), ("slot_mapping", slot_mapping)):
         if tensor.dtype != torch.int64:
             raise DTypeError(f"{op}: {name} must be int64, it is {tensor.dtype}")
@@ -378,7 +393,7 @@ def paged_attention(
         ShapeError, DTypeError, DeviceError: a tensor does not fit, or a page or length is out of range.
     """
     op = "paged_attention"
-    _check_float(op, "q", q, 3)
+    _check_activations(op, "q", q, 3)
     _check_pages(op, k_pages, v_pages)
     if q.shape[2] != k_pages.shape[3] or q.shape[1] % k_pages.shape[2]:
         raise ShapeError(

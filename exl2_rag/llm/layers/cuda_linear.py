@@ -1,8 +1,8 @@
 """Linear layers on CUDA: packed or plain matrices, alone or several that share their input in one launch.
 
 The weights come from the checkpoint as in `linear.py`; they stay packed, in the form that CUDA kernels read. Row t of a
-result depends on row t of the input alone; with T its bits may change where another kernel takes over, which is beyond
-`PACKED_ROWS` rows for packed matrices and `GEMV_ROWS` for plain ones: there the library's products take over.
+result depends on row t of the input alone; with T its bits may change where the library takes over: beyond
+`cuda_matmul.LIBRARY_ROWS` rows for packed matrices and `cuda_dense.GEMV_ROWS` for plain ones.
 """
 
 from __future__ import annotations
@@ -16,18 +16,11 @@ from torch import Tensor
 
 from exl2_rag.llm.checkpoint import Checkpoint
 from exl2_rag.llm.checkpoint.gptq_format import zero_offset
-from exl2_rag.llm.kernels import cuda_matmul, cuda_small_ops, cuda_weights
+from exl2_rag.llm.kernels import cuda_dense, cuda_matmul, cuda_weights
 from exl2_rag.llm.kernels.cuda_backend import Backend
 from exl2_rag.llm.kernels.cuda_weights import CudaWeights
 from exl2_rag.llm.layers.linear import EXL2_PARTS, LinearSpec, check_linear
 
-PACKED_ROWS: Final = cuda_matmul.LIBRARY_ROWS
-"""Rows up to which packed matrices are multiplied as they are, by dtype of the activations."""
-
-GEMV_ROWS: Final = 16
-"""Rows up to which our own kernel multiplies by plain matrices."""
-
-_SLAB_WEIGHTS: Final = 1 << 26  # of a plain matrix in another dtype, widened at a time
 _LARGEST_HALF: Final = 65504.0
 
 
@@ -96,30 +89,11 @@ class PlainLinear:
 
     def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> list[Tensor]:
         """See `CudaLinear`."""
-        if x.shape[0] <= GEMV_ROWS:
-            return [
-                cuda_small_ops.dense_gemv(self.backend, x, self.weight, bias=self.bias, out_dtype=out_dtype or x.dtype)
-            ]
-        return [self._library_product(x).to(out_dtype or x.dtype)]
+        return [cuda_dense.dense_matmul(self.backend, x, self.weight, bias=self.bias, out_dtype=out_dtype)]
 
     def add_to(self, residual: Tensor, x: Tensor) -> None:
         """See `CudaLinear`."""
-        if x.shape[0] <= GEMV_ROWS:
-            cuda_small_ops.dense_gemv(self.backend, x, self.weight, bias=self.bias, residual=residual)
-        else:
-            residual += self._library_product(x)
-
-    def _library_product(self, x: Tensor) -> Tensor:
-        """[T, out_features], with the bias: in the dtype of x if the weights have it too, else in float32."""
-        if self.weight.dtype == x.dtype:
-            product = x @ self.weight.T
-            return product if self.bias is None else product.to(torch.float32) + self.bias
-        # Widened a slab at a time: never the whole of a large matrix at once.
-        step = max(1, _SLAB_WEIGHTS // self.weight.shape[1])
-        wide = x.to(torch.float32)
-        slabs = [wide @ slab.to(torch.float32).T for slab in torch.split(self.weight, step)]
-        product = slabs[0] if len(slabs) == 1 else torch.cat(slabs, dim=1)
-        return product if self.bias is None else product + self.bias
+        cuda_dense.dense_matmul(self.backend, x, self.weight, bias=self.bias, residual=residual)
 
 
 @dataclass(frozen=True, slots=True)
