@@ -24,8 +24,8 @@ LANES: Final = 32
 UNIT_BYTES: Final = 16
 EXL2_HEADER_UNITS: Final = 1
 GPTQ_HEADER_UNITS: Final = 6
-MAX_STORED_ROWS: Final = 65536
-"""Rows that a matrix may have: 16-bit numbers name them in the file."""
+MAX_STORED_ROWS: Final = 65504
+"""Rows that a matrix may have, padding included: 16-bit numbers name them in the file, and they are whole chunks."""
 
 _PAIRS = 16
 _MAX_SLICES = 16  # a block has as many warps
@@ -33,8 +33,6 @@ _MAX_SECTIONS = 8
 _SECTION_BLOCKS = 160  # blocks of eight tiles that sections should make up together: about a large card's worth
 _CHUNK_COST = 2  # work of a chunk beyond its bytes, in bits a weight
 _SLAB_WEIGHTS = 1 << 24  # weights unpacked at a time: a few hundred MiB of scratch
-
-_STARTS_GROUP = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +43,11 @@ class CudaWeights:
         stream: [units, 4] int32, the units of all tiles.
         tiles: [N/32, 2] int32, (first unit of the tile's stream, first row of its table in `chunks`).
         chunks: [tables * C, 4] int32, per chunk: information, its unit and its group's header's in the tile's stream, 0.
-            Information is bits | 16 if the chunk starts a group | group scale (float16 bits) << 16.
+            Information is bits | chunks left in the group << 4 | group scale (float16 bits) << 16.
         slices: [S + 1] int32, first chunk of each slice of rows. The order of additions follows from them and from
             `n_sections`, which divides S.
+        spans: [N/32, S, 4] int32, of each slice of each tile: the unit of its first header, that of its first chunk, the
+            units of header and chunks together, 0.
         stored_rows: [K] int32, the stored row of each input feature; empty if that is the feature itself.
         features: [C * 32] int32, the input feature of each stored row, -1 for padding; empty if that is the row itself.
         widths: N of each of the matrices side by side; their sum is `out_features`.
@@ -59,6 +59,7 @@ class CudaWeights:
     tiles: Tensor
     chunks: Tensor
     slices: Tensor
+    spans: Tensor
     stored_rows: Tensor
     features: Tensor
     in_features: int
@@ -73,7 +74,7 @@ class CudaWeights:
     @property
     def nbytes(self) -> int:
         """Bytes held in memory."""
-        parts = (self.stream, self.tiles, self.chunks, self.slices, self.stored_rows, self.features)
+        parts = (self.stream, self.tiles, self.chunks, self.slices, self.spans, self.stored_rows, self.features)
         return sum(part.nbytes for part in parts)
 
     @property
@@ -164,6 +165,7 @@ class _Layout:
     chunk_units: list[int]
     group_of_chunk: list[int]
     header_units: list[int]  # of each group
+    group_ends: list[int]  # the chunk after each group
     length: int
 
     @classmethod
@@ -172,6 +174,7 @@ class _Layout:
         chunk_units: list[int] = []
         group_of_chunk: list[int] = []
         headers: list[int] = []
+        ends: list[int] = []
         at = 0
         for index, group in enumerate(groups):
             headers.append(at)
@@ -181,18 +184,19 @@ class _Layout:
                 chunk_units.append(at)
                 group_of_chunk.append(index)
                 at += group.bits * CHUNK_ROWS * TILE_COLUMNS // 8 // UNIT_BYTES
-        return cls(chunk_bits, chunk_units, group_of_chunk, headers, at)
+            ends.append(len(chunk_bits))
+        return cls(chunk_bits, chunk_units, group_of_chunk, headers, ends, at)
 
     def table(self, group_scales: Tensor | None) -> Tensor:
         """[C, 4] int32 on the CPU; group_scales: [G] float16, or None."""
         scales = [0] * len(self.header_units) if group_scales is None else group_scales.cpu().view(torch.int16).tolist()
         rows = []
-        previous = -1
-        for bits, unit, group in zip(self.chunk_bits, self.chunk_units, self.group_of_chunk, strict=True):
+        for chunk, (bits, unit, group) in enumerate(
+            zip(self.chunk_bits, self.chunk_units, self.group_of_chunk, strict=True)
+        ):
             # A scale's sign bit makes the word negative, as it should: the arithmetic is that of Python.
-            info = bits | (_STARTS_GROUP if group != previous else 0) | (scales[group] << 16)
+            info = bits | (self.group_ends[group] - chunk) << 4 | scales[group] << 16
             rows.append((info, unit, self.header_units[group], 0))
-            previous = group
         return torch.tensor(rows, dtype=torch.int32)
 
 
@@ -223,6 +227,17 @@ def _cut(costs: Sequence[int], n_tiles: int) -> tuple[list[int], int]:
     return _partition(costs, n_slices), n_sections
 
 
+def _spans(tiles: Tensor, chunks: Tensor, slices: Sequence[int], header_units: int) -> Tensor:
+    """`CudaWeights.spans`, from its `tiles`, its `chunks` and the numbers in its `slices`."""
+    starts = torch.tensor(slices[:-1], dtype=torch.int64, device=tiles.device)
+    ends = torch.tensor(slices[1:], dtype=torch.int64, device=tiles.device) - 1
+    base, table = tiles[:, :1].to(torch.int64), tiles[:, 1:].to(torch.int64)
+    first, last = chunks[table + starts].to(torch.int64), chunks[table + ends].to(torch.int64)
+    end = last[..., 1] + (last[..., 0] & 15) * (CHUNK_ROWS * TILE_COLUMNS // 8 // UNIT_BYTES)
+    columns = (base + first[..., 2], base + first[..., 1], header_units + end - first[..., 1], torch.zeros_like(end))
+    return torch.stack(columns, dim=2).to(torch.int32)
+
+
 def _assemble(
     stream: Tensor,
     layout: _Layout,
@@ -238,11 +253,14 @@ def _assemble(
     first_units = torch.arange(n_tiles, dtype=torch.int64, device=device) * layout.length
     costs = [bits + _CHUNK_COST for bits in layout.chunk_bits]
     slices, n_sections = _cut(costs, n_tiles)
+    tiles = torch.stack((first_units, torch.zeros_like(first_units)), dim=1).to(torch.int32)
+    chunks = table.to(device)
     return CudaWeights(
         stream=stream.reshape(-1, 4),
-        tiles=torch.stack((first_units, torch.zeros_like(first_units)), dim=1).to(torch.int32),
-        chunks=table.to(device),
+        tiles=tiles,
+        chunks=chunks,
         slices=torch.tensor(slices, dtype=torch.int32, device=device),
+        spans=_spans(tiles, chunks, slices, GPTQ_HEADER_UNITS if has_zero_points else EXL2_HEADER_UNITS),
         stored_rows=stored_rows,
         features=features,
         in_features=in_features,
@@ -451,12 +469,14 @@ def stack(matrices: Sequence[CudaWeights]) -> CudaWeights:
                 costs[chunk] += ((info & 15) + _CHUNK_COST) * n_tiles
     widths = tuple(itertools.chain.from_iterable(matrix.widths for matrix in matrices))
     slices, n_sections = _cut(costs, sum(widths) // TILE_COLUMNS)
+    all_tiles, all_chunks = torch.cat(tiles), torch.cat([matrix.chunks for matrix in matrices])
     return dataclasses.replace(
         first,
         stream=torch.cat([matrix.stream for matrix in matrices]),
-        tiles=torch.cat(tiles),
-        chunks=torch.cat([matrix.chunks for matrix in matrices]),
+        tiles=all_tiles,
+        chunks=all_chunks,
         slices=torch.tensor(slices, dtype=torch.int32, device=first.device),
+        spans=_spans(all_tiles, all_chunks, slices, first.header_units),
         out_features=sum(widths),
         widths=widths,
         n_slices=len(slices) - 1,

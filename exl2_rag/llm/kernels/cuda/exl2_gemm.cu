@@ -6,9 +6,9 @@
         name(const __half* x, const uint4* stream, const int2* tiles, const int4* chunks, const int* slices,           \
              const float* bias, void* y, float* partial, long long y_stride, int epilogue, int n_tiles, int n_chunks,  \
              int n_rows, int n_slices, int n_sections, int slot_units) {                                               \
-        exl2::packed_gemm<exl2::Exl2Format, row_tiles>(x, {stream, tiles, chunks, slices, n_tiles},                    \
-                                                       {y, bias, y_stride, epilogue}, partial, n_chunks, n_rows,       \
-                                                       n_slices, n_sections, slot_units);                              \
+        exl2::packed_gemm<exl2::Exl2Format, row_tiles>(                                                                \
+            x, {stream, tiles, chunks, slices, n_tiles, n_slices, nullptr}, {y, bias, y_stride, epilogue}, partial,    \
+            n_chunks, n_rows, n_sections, slot_units);                                                                 \
     }
 EXL2_GEMM(exl2_gemm_r8, 1, 2)
 EXL2_GEMM(exl2_gemm_r16, 2, 2)

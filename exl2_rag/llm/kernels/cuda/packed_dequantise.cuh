@@ -28,6 +28,7 @@ __device__ __forceinline__ void packed_dequantise(const PackedMatrix& matrix, co
     const int4 entry = matrix.chunks[place.y + chunk];
     const FlatSource source{reinterpret_cast<const unsigned char*>(matrix.stream + static_cast<unsigned>(place.x))};
     Format format;
+    format.magic = hidden_magic(n_chunks);
     format.load(source, static_cast<unsigned>(entry.z) * kUnitBytes, entry.x, lane);
     unsigned weights[kLaneColumns][kLanePairs];
     load_weights_of(info_bits(entry.x), weights, format, source, static_cast<unsigned>(entry.y) * kUnitBytes, lane);

@@ -41,14 +41,14 @@ constexpr int kStages = 2;  // copies are not asynchronous: a third stage would 
 
 template <class Format, int kRowTiles>
 __device__ __forceinline__ void packed_gemm(const __half* x, const PackedMatrix& matrix, const Output& output, float* partial,
-                                            int n_chunks, int n_rows, int n_slices, int n_sections, int slot_units) {
+                                            int n_chunks, int n_rows, int n_sections, int slot_units) {
     constexpr int kRows = 8 * kRowTiles;
     constexpr int kChunkUnitsX = kRows * kChunkRows * 2 / kUnitBytes;  // of x in one chunk
     EXL2_DYNAMIC_SHARED(unsigned char, shared);
     const int lane = threadIdx.x % kWarpThreads, warp = threadIdx.x / kWarpThreads;
     const int tile = blockIdx.x * kGemmWarps + warp, section = blockIdx.y, row_block = blockIdx.z;
     const bool has_tile = tile < matrix.n_tiles;  // the last block's spare warps only help to copy x
-    const int per_section = n_slices / n_sections;
+    const int per_section = matrix.n_slices / n_sections;
     const int first = matrix.slices[section * per_section], end = matrix.slices[(section + 1) * per_section];
     const int n_steps = (end - first + kStepChunks - 1) / kStepChunks;
 
@@ -83,6 +83,8 @@ __device__ __forceinline__ void packed_gemm(const __half* x, const PackedMatrix&
 #pragma unroll
     for (int i = 0; i < kRowTiles * 8; ++i) acc[i / 8][i / 4 % 2][i % 4] = total[i / 8][i / 4 % 2][i % 4] = 0.0f;
     Format format;
+    format.magic = hidden_magic(n_chunks);
+    int header_chunk = first;  // where the next scales are due
     int slice = section * per_section, slice_end = matrix.slices[slice + 1];
 
     for (int step = 0; step < kStages - 1; ++step) issue(step);
@@ -98,7 +100,8 @@ __device__ __forceinline__ void packed_gemm(const __half* x, const PackedMatrix&
             const int chunk = first + step * kStepChunks + i;
             if (chunk >= end) break;
             const int info = chunks[chunk].x, bits = info_bits(info);
-            if (chunk == first || info_starts_group(info)) {
+            if (chunk == header_chunk) {
+                header_chunk += info_chunks_left(info);
                 if (i > 0) position += Format::kHeaderUnits;  // the header lies between the two chunks
                 format.load(source, (position - Format::kHeaderUnits) * kUnitBytes, info, lane);
             }

@@ -25,6 +25,8 @@
 //
 // On sm_75 copies are not asynchronous and the ring is short; other warps cover the latency.
 //
+// The weights' first copies wait for one load, that of the span, and for nothing else.
+//
 // The caller guarantees: blockDim.x = 32 * n_slices; n_slices a multiple of n_sections; every slice has at least one chunk;
 // T <= 8 (float16) or <= kRows (float32, rows blockIdx.y * kRows and on); shared memory of
 // n_slices * ring + chunks * rows * 32 numbers + 2 * n_slices * rows * 32 floats.
@@ -34,19 +36,24 @@
 
 namespace exl2 {
 
-#if EXL2_ARCH >= 80
-constexpr int kRingGroups = 8;
-#else
+// A group of copies is what is queued and waited for at once: kLaneCopies copies of 16 bytes by each lane.
 constexpr int kRingGroups = 4;
+#if EXL2_ARCH >= 80
+constexpr int kLaneCopies = 2;
+__device__ constexpr int step_chunks(int bits) { return bits > 4 ? 1 : 2; }  // between one wait and the next
+#else
+constexpr int kLaneCopies = 1;
+__device__ constexpr int step_chunks(int) { return 1; }
 #endif
-constexpr int kGroupUnits = kWarpThreads;  // one 16-byte copy a lane
-constexpr int kRingBytes = kRingGroups * kGroupUnits * kUnitBytes;
+constexpr int kGroupUnits = kLaneCopies * kWarpThreads;
+constexpr int kGroupBytes = kGroupUnits * kUnitBytes;
+constexpr int kRingBytes = kRingGroups * kGroupBytes;
 
-// Groups that may still be under way when a chunk is wanted: the rest of the ring beyond those it may lie in.
+// Groups that may still be under way when chunks are wanted: the rest of the ring beyond those they may lie in.
 __device__ constexpr int groups_under_way(int bits, int header_units) {
-    return kRingGroups - (kGroupUnits - 1 + header_units + chunk_units(bits) + kGroupUnits - 1) / kGroupUnits;
+    return kRingGroups - (kGroupUnits - 1 + header_units + step_chunks(bits) * chunk_units(bits) + kGroupUnits - 1) / kGroupUnits;
 }
-static_assert(groups_under_way(8, 1) >= 1 && groups_under_way(4, 6) >= 1, "the ring must hold more than one chunk");
+static_assert(groups_under_way(8, 1) >= 1 && groups_under_way(4, 6) >= 1, "the ring must hold more than is wanted at once");
 
 // ---- one warp's stream: its slice of each of the block's tiles, one after the other --------------------------------------
 // A slice is preceded by the header of its first group and starts at a new group of copies.
@@ -54,63 +61,69 @@ static_assert(groups_under_way(8, 1) >= 1 && groups_under_way(4, 6) >= 1, "the r
 template <int kHeaderUnits>
 struct SliceStream {
     const PackedMatrix& matrix;
-    unsigned char* const ring;
-    int first_chunk, last_chunk;  // of the slice, both included
-    int tile, next_tile;
-    int2 next;          // of next_tile, fetched one tile ahead
-    int table;          // the table that the offsets below came from
-    unsigned base;      // first unit of the tile
-    unsigned header, data;
-    int length;         // units of the slice, header included
-    int at;             // units queued
-    int issued;         // groups queued since the start
+    const SharedAddress ring;
+    const int slice;
+    int next_tile;    // the one after that of the next copy
+    int4 next;        // its span, fetched one tile ahead
+    unsigned unit;    // this lane's next, in the stream of the matrix
+    unsigned jump;    // from the last header unit to where that lane goes on, beyond the usual step
+    int left;         // units of the slice not yet queued, counted from lane 0; 0: all tiles are queued
+    unsigned filled;  // bytes queued since the start
 
-    __device__ __forceinline__ SliceStream(const PackedMatrix& matrix, unsigned char* ring, int slice)
-        : matrix(matrix), ring(ring), table(-1), at(0), issued(0) {
-        first_chunk = matrix.slices[slice];
-        last_chunk = matrix.slices[slice + 1] - 1;
-        next_tile = blockIdx.x;
-        if (next_tile < matrix.n_tiles) next = matrix.tiles[next_tile];
-        advance();
+    __device__ __forceinline__ SliceStream(const PackedMatrix& matrix, SharedAddress ring, int slice, int lane)
+        : matrix(matrix), ring(ring), slice(slice), next_tile(blockIdx.x), filled(0) {
+        fetch();
+        advance(lane);
     }
 
-    __device__ __forceinline__ void advance() {
-        tile = next_tile;
-        if (tile >= matrix.n_tiles) return;
-        base = next.x;
-        if (next.y != table) {
-            table = next.y;
-            const int4 first = matrix.chunks[table + first_chunk], last = matrix.chunks[table + last_chunk];
-            header = first.z;
-            data = first.y - kHeaderUnits;
-            length = kHeaderUnits + last.y + chunk_units(1) * info_bits(last.x) - first.y;
-        }
-        at = 0;
-        next_tile = tile + gridDim.x;
-        if (next_tile < matrix.n_tiles) next = matrix.tiles[next_tile];
+    __device__ __forceinline__ void fetch() {
+        if (next_tile < matrix.n_tiles) next = matrix.spans[next_tile * matrix.n_slices + slice];
+    }
+
+    // A span is {unit of the header, unit of the first chunk, units of header and chunks, 0}.
+    __device__ __forceinline__ void advance(int lane) {
+        left = 0;
+        if (next_tile >= matrix.n_tiles) return;
+        const unsigned header = next.x, data = next.y - kHeaderUnits;
+        unit = lane + (lane < kHeaderUnits ? header : data);
+        jump = lane < kHeaderUnits ? data - header : 0;
+        left = next.z;
+        next_tile += gridDim.x;
+        fetch();
     }
 
     // Queues one group of copies, empty when all is queued: waiting counts groups.
     __device__ __forceinline__ void issue(int lane) {
-        if (tile < matrix.n_tiles) {
-            const int unit = at + lane;
-            if (unit < length) {
-                const unsigned source = base + (unit < kHeaderUnits ? header : data) + unit;
-                cp_async_16(ring + (issued * (kGroupUnits * kUnitBytes) + lane * kUnitBytes) % kRingBytes,
-                            matrix.stream + source);
+        if (left > 0) {
+            const SharedAddress target = ring + (filled + lane * kUnitBytes) % kRingBytes;
+            cp_async_16_if(target, matrix.stream + unit, lane < left);
+            if (kLaneCopies > 1) {
+                cp_async_16_if(target + kWarpThreads * kUnitBytes, matrix.stream + (unit + kWarpThreads + jump),
+                               lane + kWarpThreads < left);
             }
-            at += kGroupUnits;
-            if (at >= length) advance();
+            unit += kGroupUnits + jump;
+            jump = 0;
+            left -= kGroupUnits;
+            if (left <= 0) advance(lane);
         }
         cp_async_commit();
-        ++issued;
+        filled += kGroupBytes;
+    }
+
+    // Makes step_chunks chunks of kBits at byte `position`, and a header before them, readable by all lanes.
+    template <int kBits>
+    __device__ __forceinline__ void wait(unsigned position, int lane) {
+        __syncwarp();  // all lanes are done with what the next copies overwrite
+        while (static_cast<int>(filled - position) <= kRingBytes - kGroupBytes) issue(lane);
+        cp_async_wait<groups_under_way(kBits, kHeaderUnits)>();
+        __syncwarp();  // the copies of the other lanes are there too
     }
 };
 
 // ---- products: float16 activations on tensor cores, up to eight rows ---------------------------------------------------
 
 struct TensorProduct {
-    using Activation = __half;
+    using Bits = unsigned short;
     static constexpr int kMaxRows = 8;
     float acc[2][4];
 
@@ -118,12 +131,14 @@ struct TensorProduct {
 #pragma unroll
         for (int i = 0; i < 8; ++i) acc[i / 4][i % 4] = 0.0f;
     }
-    // activations: [rows][32] of this chunk.
+    // Where the lane finds its activations in a chunk of [rows][32]. Lanes of rows that are not there take the last one's:
+    // what comes of it lies in columns of the result that nobody reads.
+    __device__ __forceinline__ static int place(int lane, int rows) {
+        return min(lane / 4, rows - 1) * kChunkRows + lane % 4 * 8;
+    }
     __device__ __forceinline__ void multiply(const unsigned (&weights)[kLaneColumns][kLanePairs],
-                                             const __half* activations, int rows, int lane) {
-        uint4 x = make_uint4(0, 0, 0, 0);
-        if (lane / 4 < rows) x = *reinterpret_cast<const uint4*>(activations + lane / 4 * kChunkRows + lane % 4 * 8);
-        multiply_chunk(acc, weights, x);
+                                             const unsigned short* activations, int) {
+        multiply_chunk(acc, weights, *reinterpret_cast<const uint4*>(activations));
     }
     // partial: [rows][32].
     __device__ __forceinline__ void store(float* partial, int rows, int lane) {
@@ -139,7 +154,7 @@ struct TensorProduct {
 
 template <int kRows>
 struct FloatProduct {
-    using Activation = float;
+    using Bits = unsigned;
     static constexpr int kMaxRows = kRows;
     float acc[kRows][kLaneColumns];
 
@@ -147,14 +162,16 @@ struct FloatProduct {
 #pragma unroll
         for (int i = 0; i < kRows * kLaneColumns; ++i) acc[i / kLaneColumns][i % kLaneColumns] = 0.0f;
     }
-    __device__ __forceinline__ void multiply(const unsigned (&weights)[kLaneColumns][kLanePairs], const float* activations,
-                                             int rows, int lane) {
+    __device__ __forceinline__ static int place(int lane, int) { return lane % 4 * 8; }
+    __device__ __forceinline__ void multiply(const unsigned (&weights)[kLaneColumns][kLanePairs],
+                                             const unsigned* activations, int rows) {
 #pragma unroll
         for (int row = 0; row < kRows; ++row) {
             if (row >= rows) break;
+            const float* const at = reinterpret_cast<const float*>(activations + row * kChunkRows);
             float x[8];
-            load_4(activations + row * kChunkRows + lane % 4 * 8, *reinterpret_cast<float(*)[4]>(&x[0]));
-            load_4(activations + row * kChunkRows + lane % 4 * 8 + 4, *reinterpret_cast<float(*)[4]>(&x[4]));
+            load_4(at, *reinterpret_cast<float(*)[4]>(&x[0]));
+            load_4(at + 4, *reinterpret_cast<float(*)[4]>(&x[4]));
 #pragma unroll
             for (int j = 0; j < kLanePairs; ++j) {
 #pragma unroll
@@ -231,61 +248,96 @@ __device__ __forceinline__ void add_slices(const float* partial, const Output& o
     }
 }
 
-template <class Format, class Product, class Bits>
-__device__ __forceinline__ void packed_gemv(const Bits* x, const int* stored_rows, const PackedMatrix& matrix,
-                                            const Output& output, int features, int n_chunks, int n_rows, int n_sections) {
-    using Activation = typename Product::Activation;
-    static_assert(sizeof(Bits) == sizeof(Activation), "");
+// One warp's slice of one tile.
+template <class Format, class Product>
+struct SliceSum {
+    SliceStream<Format::kHeaderUnits>& stream;
+    const RingSource<kRingBytes> source;
+    const int lane, rows;
+    Format format;
+    Product product;
+    unsigned position;  // in bytes of the stream, counted from the start
+    const typename Product::Bits* activations;  // of the next chunk, at the lane's place
+
+    // Chunks that follow each other in one group, the first of them after the group's header.
+    template <int kBits>
+    __device__ __forceinline__ void add_chunks(int count, int info) {
+        stream.template wait<kBits>(position, lane);
+        format.load(source, position, info, lane);
+        position += Format::kHeaderUnits * kUnitBytes;
+        while (true) {
+#pragma unroll
+            for (int i = 0; i < step_chunks(kBits); ++i) {
+                unsigned weights[kLaneColumns][kLanePairs];
+                load_weights<kBits>(weights, format, source, position, lane);
+                product.multiply(weights, activations, rows);
+                position += chunk_units(kBits) * kUnitBytes;
+                activations += rows * kChunkRows;
+                if (--count == 0) return;
+            }
+            stream.template wait<kBits>(position, lane);
+        }
+    }
+
+    __device__ __forceinline__ void add_chunks_of(const Exl2Format&, int count, int info) {
+        switch (info_bits(info)) {
+            case 4: add_chunks<4>(count, info); break;
+            case 3: add_chunks<3>(count, info); break;
+            case 2: add_chunks<2>(count, info); break;
+            case 5: add_chunks<5>(count, info); break;
+            case 6: add_chunks<6>(count, info); break;
+            default: add_chunks<8>(count, info); break;
+        }
+    }
+    __device__ __forceinline__ void add_chunks_of(const GptqFormat&, int count, int info) { add_chunks<4>(count, info); }
+};
+
+template <class Format, class Product>
+__device__ __forceinline__ void packed_gemv(const typename Product::Bits* x, const int* stored_rows,
+                                            const PackedMatrix& matrix, const Output& output, int features, int n_chunks,
+                                            int n_rows, int n_sections) {
+    using Bits = typename Product::Bits;
     EXL2_DYNAMIC_SHARED(unsigned char, shared);
-    const int lane = threadIdx.x % kWarpThreads, warp = threadIdx.x / kWarpThreads, n_slices = blockDim.x / kWarpThreads;
+    const int lane = threadIdx.x % kWarpThreads, warp = uniform(threadIdx.x / kWarpThreads), n_slices = matrix.n_slices;
     const int first_row = blockIdx.y * Product::kMaxRows, rows = min(Product::kMaxRows, n_rows - first_row);
-    unsigned char* const ring = shared + warp * kRingBytes;
+    const SharedAddress ring = shared_address(shared + warp * kRingBytes);
     Bits* const activations = reinterpret_cast<Bits*>(shared + n_slices * kRingBytes);
     float* partial = reinterpret_cast<float*>(activations + n_chunks * rows * kChunkRows);
     float* other_partial = partial + n_slices * rows * kTileColumns;
 
-    SliceStream<Format::kHeaderUnits> stream(matrix, ring, warp);
+    SliceStream<Format::kHeaderUnits> stream(matrix, ring, warp, lane);
+#pragma unroll 1
     for (int i = 0; i < kRingGroups; ++i) stream.issue(lane);
+    const int first = uniform(matrix.slices[warp]), last = uniform(matrix.slices[warp + 1]) - 1;
     scatter_activations(activations, x + static_cast<long long>(first_row) * features, stored_rows, rows, features, n_chunks);
     __syncthreads();
 
-    const RingSource<kRingBytes> source{ring};
-    const int first = stream.first_chunk, last = stream.last_chunk;
-    Format format;
-    Product product;
-    unsigned position = 0;  // in the stream of units, counted from the start
-    int infos = 0, infos_table = -1;  // lane i holds the information of the i-th chunk of 32
+    const Bits* const own_activations = activations + first * rows * kChunkRows + Product::place(lane, rows);
+    SliceSum<Format, Product> sum{stream, {ring}, lane, rows};
+    sum.format.magic = hidden_magic(n_chunks);
+    sum.position = 0;
+    int infos = 0, infos_table = -1, infos_first = 0;  // lane i holds the information of chunk infos_first + i of a table
     int table = matrix.tiles[blockIdx.x].y;
+#pragma unroll 1
     for (int tile = blockIdx.x; tile < matrix.n_tiles; tile += gridDim.x) {
         const int next_tile = tile + gridDim.x;
         const int next_table = next_tile < matrix.n_tiles ? matrix.tiles[next_tile].y : 0;
-        position = (position + kGroupUnits - 1) / kGroupUnits * kGroupUnits;
-        product.clear();
-        for (int chunk = first; chunk <= last; ++chunk) {
-            const int turn = (chunk - first) % kWarpThreads;
-            if (turn == 0 && (table != infos_table || last - first >= kWarpThreads)) {
+        sum.position = (sum.position + kGroupBytes - 1) / kGroupBytes * kGroupBytes;
+        sum.activations = own_activations;
+        sum.product.clear();
+#pragma unroll 1
+        for (int chunk = first; chunk <= last;) {
+            if (table != infos_table || chunk < infos_first || chunk >= infos_first + kWarpThreads) {
                 infos = chunk + lane <= last ? matrix.chunks[table + chunk + lane].x : 0;
                 infos_table = table;
+                infos_first = chunk;
             }
-            const int info = __shfl_sync(kAllLanes, infos, turn), bits = info_bits(info);
-            __syncwarp();  // all lanes are done with what the next copies overwrite
-            while (stream.issued < static_cast<int>(position / kGroupUnits) + kRingGroups) stream.issue(lane);
-            if (Format::kMaxBits > 4 && bits > 4) {
-                cp_async_wait<groups_under_way(Format::kMaxBits, Format::kHeaderUnits)>();
-            } else {
-                cp_async_wait<groups_under_way(4, Format::kHeaderUnits)>();
-            }
-            __syncwarp();  // the copies of the other lanes are there too
-            if (chunk == first || info_starts_group(info)) {
-                format.load(source, position * kUnitBytes, info, lane);
-                position += Format::kHeaderUnits;
-            }
-            unsigned weights[kLaneColumns][kLanePairs];
-            load_weights_of(bits, weights, format, source, position * kUnitBytes, lane);
-            position += chunk_units(1) * bits;
-            product.multiply(weights, reinterpret_cast<const Activation*>(activations + chunk * rows * kChunkRows), rows, lane);
+            const int info = __shfl_sync(kAllLanes, infos, chunk - infos_first);
+            const int count = min(info_chunks_left(info), last + 1 - chunk);
+            sum.add_chunks_of(sum.format, count, info);
+            chunk += count;
         }
-        product.store(partial + warp * rows * kTileColumns, rows, lane);
+        sum.product.store(partial + warp * rows * kTileColumns, rows, lane);
         __syncthreads();
         // The next tile's sums go to the other buffer; its barrier is passed only when this one has been read.
         add_slices(partial, output, rows, first_row, tile * kTileColumns, n_slices, n_sections);

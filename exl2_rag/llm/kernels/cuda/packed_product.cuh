@@ -12,6 +12,8 @@ struct PackedMatrix {
     const int4* chunks;   // tables of chunks, see packed_stream.cuh
     const int* slices;    // [n_slices + 1]: first chunk of each slice; a slice is summed by one warp, front to back
     int n_tiles;
+    int n_slices;
+    const int4* spans;    // [N / 32][n_slices]: where each slice of each tile is; may be null where a kernel says so
 };
 
 // Where and how a number of the result is written.

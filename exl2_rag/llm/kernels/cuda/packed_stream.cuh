@@ -53,11 +53,14 @@ static_assert(kLaneColumns * kLanePairs * 2 * kWarpThreads == kChunkRows * kTile
 __device__ constexpr int chunk_units(int bits) { return kChunkRows * kTileColumns * bits / 8 / kUnitBytes; }
 
 // ---- the table of chunks ----------------------------------------------------------------------------------------------
-// One int4 a chunk: {information, first unit in the tile's stream, first unit of its group's header, 0}.
+// One int4 a chunk: {information, first unit in the tile's stream, first unit of its group's header, 0}. Information:
+//
+//     bits 0-3    width of the codes
+//     bits 4-14   chunks left in the group, this one included: at most 2047, since rows are numbered in 16 bits
+//     bits 16-31  EXL2: the group's multiplier, float16
 
 __device__ __forceinline__ int info_bits(int info) { return info & 15; }
-__device__ __forceinline__ bool info_starts_group(int info) { return (info & 16) != 0; }
-// EXL2: the group's multiplier, float16 in the upper half.
+__device__ __forceinline__ int info_chunks_left(int info) { return info >> 4 & 0x7FF; }
 __device__ __forceinline__ unsigned info_group_scale(int info) { return static_cast<unsigned>(info) >> 16; }
 
 // ---- float16 pairs as words -------------------------------------------------------------------------------------------
@@ -85,12 +88,19 @@ __device__ __forceinline__ __half2 centre(unsigned code_bits, unsigned minus_off
     }
 }
 
+// kMagic, by a way that hides it from the compiler. `count`: any number that is not negative, known only at run time.
+__device__ __forceinline__ unsigned hidden_magic(int count) { return kMagic | static_cast<unsigned>(count >> 31); }
+
+// The same number in all lanes, by a way that the compiler understands.
+__device__ __forceinline__ int uniform(int number) { return __shfl_sync(kAllLanes, number, 0); }
+
 // ---- the two formats: scales of the lane's four columns in one group ---------------------------------------------------
 
 struct Exl2Format {
     static constexpr int kHeaderUnits = 1;
     static constexpr int kMaxBits = 8;
     __half2 scales[kLaneColumns];  // each twice
+    unsigned magic;  // kMagic in a register: if the compiler knew, it would move it there again for each use
 
     // The header starts at byte `offset` of the source.
     template <class Source>
@@ -122,6 +132,7 @@ struct GptqFormat {
     static constexpr int kMaxBits = 4;
     static constexpr int kZerosOffset = kTileColumns * 2;
     __half2 scales[kLaneColumns];
+    unsigned magic;  // kMagic in a register: if the compiler knew, it would move it there again for each use
     unsigned minus_offsets[kLaneColumns];  // -(1024 + zero) twice
 
     template <class Source>
@@ -158,11 +169,11 @@ struct FlatSource {
 // A ring of kBytes (a power of two) in shared memory; offsets count from its very first byte and wrap.
 template <int kBytes>
 struct RingSource {
-    const unsigned char* ring;
+    SharedAddress ring;
     template <class Word>
     __device__ __forceinline__ Word load(unsigned offset) const {
         static_assert((kBytes & (kBytes - 1)) == 0, "offsets wrap by a mask");
-        return *reinterpret_cast<const Word*>(ring + (offset & (kBytes - 1)));
+        return ld_shared<Word>(ring + (offset & (kBytes - 1)));
     }
 };
 
@@ -189,61 +200,63 @@ __device__ __forceinline__ void load_words(unsigned (&words)[kBits], const Sourc
     }
 }
 
-// Bits kShift to kShift + kBits of both half words, made numbers.
+// Bits kShift to kShift + kBits of both half words, made numbers: one instruction, with the mask in it and `magic` in a
+// register.
 template <int kBits, int kShift>
-__device__ __forceinline__ unsigned numbers(unsigned word) {
+__device__ __forceinline__ unsigned numbers(unsigned word, unsigned magic) {
     constexpr unsigned mask = ((1u << kBits) - 1) << kShift;
     static_assert(kShift + kBits <= 10, "a float16 has ten bits below its first");
-    return (word & (mask | mask << 16)) | kMagic;
+    return (word & (mask | mask << 16)) | magic;
 }
 
 // weights[c][j]: the pair of rows 8t + 2j of column 4g + c, exactly as the format defines them.
 template <int kBits, class Format>
 __device__ __forceinline__ void decode(unsigned (&weights)[kLaneColumns][kLanePairs], const unsigned (&words)[kBits],
                                        const Format& format) {
+    const unsigned magic = format.magic;
 #define EXL2_PAIR(p, shift, value) weights[(p) / 4][(p) % 4] = format.template weights<kBits, shift>(value, (p) / 4)
     if constexpr (kBits == 2) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const unsigned low = words[i], high = low >> 10;
-            EXL2_PAIR(8 * i, 0, (numbers<2, 0>(low)));
-            EXL2_PAIR(8 * i + 1, 2, (numbers<2, 2>(low)));
-            EXL2_PAIR(8 * i + 2, 4, (numbers<2, 4>(low)));
-            EXL2_PAIR(8 * i + 3, 6, (numbers<2, 6>(low)));
-            EXL2_PAIR(8 * i + 4, 8, (numbers<2, 8>(low)));
-            EXL2_PAIR(8 * i + 5, 0, (numbers<2, 0>(high)));
-            EXL2_PAIR(8 * i + 6, 2, (numbers<2, 2>(high)));
-            EXL2_PAIR(8 * i + 7, 4, (numbers<2, 4>(high)));
+            EXL2_PAIR(8 * i, 0, (numbers<2, 0>(low, magic)));
+            EXL2_PAIR(8 * i + 1, 2, (numbers<2, 2>(low, magic)));
+            EXL2_PAIR(8 * i + 2, 4, (numbers<2, 4>(low, magic)));
+            EXL2_PAIR(8 * i + 3, 6, (numbers<2, 6>(low, magic)));
+            EXL2_PAIR(8 * i + 4, 8, (numbers<2, 8>(low, magic)));
+            EXL2_PAIR(8 * i + 5, 0, (numbers<2, 0>(high, magic)));
+            EXL2_PAIR(8 * i + 6, 2, (numbers<2, 2>(high, magic)));
+            EXL2_PAIR(8 * i + 7, 4, (numbers<2, 4>(high, magic)));
         }
     } else if constexpr (kBits == 3) {
 #pragma unroll
         for (int i = 0; i < 3; ++i) {
             const unsigned low = words[i], high = low >> 9;
-            EXL2_PAIR(5 * i, 0, (numbers<3, 0>(low)));
-            EXL2_PAIR(5 * i + 1, 3, (numbers<3, 3>(low)));
-            EXL2_PAIR(5 * i + 2, 6, (numbers<3, 6>(low)));
-            EXL2_PAIR(5 * i + 3, 0, (numbers<3, 0>(high)));
-            EXL2_PAIR(5 * i + 4, 3, (numbers<3, 3>(high)));
+            EXL2_PAIR(5 * i, 0, (numbers<3, 0>(low, magic)));
+            EXL2_PAIR(5 * i + 1, 3, (numbers<3, 3>(low, magic)));
+            EXL2_PAIR(5 * i + 2, 6, (numbers<3, 6>(low, magic)));
+            EXL2_PAIR(5 * i + 3, 0, (numbers<3, 0>(high, magic)));
+            EXL2_PAIR(5 * i + 4, 3, (numbers<3, 3>(high, magic)));
         }
         EXL2_PAIR(15, 0,
-                  (words[0] >> 15 & 0x00010001u) | (words[1] >> 14 & 0x00020002u) | (words[2] >> 13 & 0x00040004u) | kMagic);
+                  (words[0] >> 15 & 0x00010001u) | (words[1] >> 14 & 0x00020002u) | (words[2] >> 13 & 0x00040004u) | magic);
     } else if constexpr (kBits == 4) {
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
             const unsigned low = words[c], high = low >> 8;
-            EXL2_PAIR(4 * c, 0, (numbers<4, 0>(low)));
-            EXL2_PAIR(4 * c + 1, 4, (numbers<4, 4>(low)));
-            EXL2_PAIR(4 * c + 2, 0, (numbers<4, 0>(high)));
-            EXL2_PAIR(4 * c + 3, 4, (numbers<4, 4>(high)));
+            EXL2_PAIR(4 * c, 0, (numbers<4, 0>(low, magic)));
+            EXL2_PAIR(4 * c + 1, 4, (numbers<4, 4>(low, magic)));
+            EXL2_PAIR(4 * c + 2, 0, (numbers<4, 0>(high, magic)));
+            EXL2_PAIR(4 * c + 3, 4, (numbers<4, 4>(high, magic)));
         }
     } else if constexpr (kBits == 5) {
-        unsigned last = kMagic;
+        unsigned last = magic;
 #pragma unroll
         for (int i = 0; i < 5; ++i) {
             const unsigned low = words[i], high = low >> 10;
-            EXL2_PAIR(3 * i, 0, (numbers<5, 0>(low)));
-            EXL2_PAIR(3 * i + 1, 5, (numbers<5, 5>(low)));
-            EXL2_PAIR(3 * i + 2, 0, (numbers<5, 0>(high)));
+            EXL2_PAIR(3 * i, 0, (numbers<5, 0>(low, magic)));
+            EXL2_PAIR(3 * i + 1, 5, (numbers<5, 5>(low, magic)));
+            EXL2_PAIR(3 * i + 2, 0, (numbers<5, 0>(high, magic)));
             last |= low >> (15 - i) & (0x00010001u << i);
         }
         EXL2_PAIR(15, 0, last);
@@ -251,21 +264,21 @@ __device__ __forceinline__ void decode(unsigned (&weights)[kLaneColumns][kLanePa
 #pragma unroll
         for (int q = 0; q < 2; ++q) {
             const unsigned a = words[3 * q], b = words[3 * q + 1], c = words[3 * q + 2];
-            EXL2_PAIR(8 * q, 0, (numbers<6, 0>(a)));
-            EXL2_PAIR(8 * q + 1, 4, (numbers<6, 4>(a >> 2)));
-            EXL2_PAIR(8 * q + 2, 0, (numbers<6, 0>(b)));
-            EXL2_PAIR(8 * q + 3, 4, (numbers<6, 4>(b >> 2)));
-            EXL2_PAIR(8 * q + 4, 0, (numbers<6, 0>(c)));
-            EXL2_PAIR(8 * q + 5, 4, (numbers<6, 4>(c >> 2)));
-            EXL2_PAIR(8 * q + 6, 0, (a >> 12 & 0x000F000Fu) | (c >> 8 & 0x00300030u) | kMagic);
-            EXL2_PAIR(8 * q + 7, 0, (b >> 12 & 0x000F000Fu) | (c >> 10 & 0x00300030u) | kMagic);
+            EXL2_PAIR(8 * q, 0, (numbers<6, 0>(a, magic)));
+            EXL2_PAIR(8 * q + 1, 4, (numbers<6, 4>(a >> 2, magic)));
+            EXL2_PAIR(8 * q + 2, 0, (numbers<6, 0>(b, magic)));
+            EXL2_PAIR(8 * q + 3, 4, (numbers<6, 4>(b >> 2, magic)));
+            EXL2_PAIR(8 * q + 4, 0, (numbers<6, 0>(c, magic)));
+            EXL2_PAIR(8 * q + 5, 4, (numbers<6, 4>(c >> 2, magic)));
+            EXL2_PAIR(8 * q + 6, 0, (a >> 12 & 0x000F000Fu) | (c >> 8 & 0x00300030u) | magic);
+            EXL2_PAIR(8 * q + 7, 0, (b >> 12 & 0x000F000Fu) | (c >> 10 & 0x00300030u) | magic);
         }
     } else {
         static_assert(kBits == 8, "EXL2 has codes of 2, 3, 4, 5, 6 and 8 bits");
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-            EXL2_PAIR(2 * i, 0, (__byte_perm(words[i], kMagic, 0x7250)));      // bytes 0 and 2, each below a 0x64
-            EXL2_PAIR(2 * i + 1, 0, (__byte_perm(words[i], kMagic, 0x7351)));  // bytes 1 and 3
+            EXL2_PAIR(2 * i, 0, (__byte_perm(words[i], magic, 0x7250)));      // bytes 0 and 2, each below a 0x64
+            EXL2_PAIR(2 * i + 1, 0, (__byte_perm(words[i], magic, 0x7351)));  // bytes 1 and 3
         }
     }
 #undef EXL2_PAIR

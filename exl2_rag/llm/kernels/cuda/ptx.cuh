@@ -167,6 +167,57 @@ __device__ __forceinline__ void cp_async_wait_all() {
 #endif
 }
 
+// ---- shared memory by 32-bit addresses --------------------------------------------------------------------------------
+// For loops that are short of registers and instructions: a pointer to shared memory takes two registers, and the compiler
+// likes to work it out anew each time.
+
+using SharedAddress = unsigned;
+
+template <class Word>
+__device__ __forceinline__ Word ld_shared(SharedAddress at);
+template <>
+__device__ __forceinline__ uint4 ld_shared<uint4>(SharedAddress at) {
+    uint4 value;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "r"(at)
+                 : "memory");
+    return value;
+}
+template <>
+__device__ __forceinline__ uint2 ld_shared<uint2>(SharedAddress at) {
+    uint2 value;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(at) : "memory");
+    return value;
+}
+template <>
+__device__ __forceinline__ unsigned ld_shared<unsigned>(SharedAddress at) {
+    unsigned value;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(at) : "memory");
+    return value;
+}
+template <>
+__device__ __forceinline__ unsigned short ld_shared<unsigned short>(SharedAddress at) {
+    unsigned short value;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(at) : "memory");
+    return value;
+}
+// cp_async_16 where `wanted`, nothing elsewhere; without a branch.
+__device__ __forceinline__ void cp_async_16_if(SharedAddress target, const void* source, bool wanted) {
+#if EXL2_ARCH >= 80
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16; }" ::"r"(target),
+                 "l"(source), "r"(static_cast<int>(wanted))
+                 : "memory");
+#else
+    if (wanted) {
+        const uint4 value = *static_cast<const uint4*>(source);
+        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(target), "r"(value.x), "r"(value.y), "r"(value.z),
+                     "r"(value.w)
+                     : "memory");
+    }
+#endif
+}
+
 // ---- loads of what is read once ---------------------------------------------------------------------------------------
 
 __device__ __forceinline__ uint4 ld_global_nc_v4(const void* at) {

@@ -209,8 +209,14 @@ def test_exl2_products_of_each_width_are_as_the_reference(target, bits):
 def test_slices_of_more_chunks_than_a_warp_has_lanes_are_summed(target):
     parts = exl2_parts([(4, 128)] * 10 + [(3, 128)] * 10 + [(2, 32)], 64)
     whole, exact = prepared(parts, target.device), exact_weights(parts)
-    slices = torch.tensor([0, 33, whole.n_chunks], dtype=torch.int32, device=target.device)
-    weights = dataclasses.replace(whole, slices=slices, n_slices=2, n_sections=1)
+    cuts = [0, 33, whole.n_chunks]
+    weights = dataclasses.replace(
+        whole,
+        slices=torch.tensor(cuts, dtype=torch.int32, device=target.device),
+        spans=cuda_weights._spans(whole.tiles, whole.chunks, cuts, whole.header_units),
+        n_slices=2,
+        n_sections=1,
+    )
     for rows in (2, 9):
         x = normal(rows, weights.in_features).to(target.device).half()
         assert_near(packed_matmul(target.backend, x, weights), x, exact)
@@ -462,8 +468,8 @@ def test_what_is_no_exl2_matrix_is_refused():
 LATE, EARLY = {}, EARLY_COPIES
 FAULTS = {
     "a dropped bit plane": (3, LATE, "packed_stream.cuh", "words[kBits - 1] = ", "words[kBits - 1] = 0 * "),
-    "a ring not waited for": (3, LATE, "packed_gemv.cuh", "cp_async_wait<groups_under_way(4, Format::kHeaderUnits)>()", "cp_async_wait<kRingGroups>()"),
-    "a ring filled too early": (3, EARLY, "packed_gemv.cuh", "(position / kGroupUnits) + kRingGroups", "(position / kGroupUnits) + kRingGroups + 1"),
+    "a ring not waited for": (3, LATE, "packed_gemv.cuh", "cp_async_wait<groups_under_way(kBits, kHeaderUnits)>()", "cp_async_wait<kRingGroups>()"),
+    "a ring filled too early": (3, EARLY, "packed_gemv.cuh", "<= kRingBytes - kGroupBytes) issue", "<= kRingBytes) issue"),
     "sums read without a barrier": (3, LATE, "packed_gemv.cuh", "lane);\n        __syncthreads();", "lane);"),
     "a stage not waited for": (12, LATE, "packed_gemm.cuh", "cp_async_wait<kStages - 2>();", "cp_async_wait<kStages>();"),
     "a stage filled too early": (12, EARLY, "packed_gemm.cuh", "        __syncthreads();  // the copies of all", "        // the copies of all"),
