@@ -58,7 +58,7 @@ SHAPES: Final = {
 
 
 def groups_for(in_features: int, bits: float) -> list[tuple[int, int]]:
-    """(bits, rows) of groups that come to about `bits` a weight, scales left out: some rows two bits wider than most."""
+    """(bits, rows) of groups that come to about `bits` a weight without scales: some rows two bits wider than most."""
     widths = (2, 3, 4, 5, 6, 8)
     low = max(width for width in widths if width <= bits)
     high = next((width for width in widths if width >= low + 2), 8)

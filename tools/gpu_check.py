@@ -5,9 +5,9 @@
 In this order, each reported at the end with its time:
 
     build       every module for this card, by NVRTC; the next steps need the cubins
-    tests       the kernel tests on the card                                          needs pytest
-    memcheck    compute-sanitizer over a share of them: bad addresses, leaks of barriers     needs compute-sanitizer, pytest
-    racecheck   compute-sanitizer over the same: races in shared memory               needs compute-sanitizer, pytest
+    tests       the kernel tests and the engine on the card            needs pytest
+    memcheck    compute-sanitizer over some of them: bad addresses     needs pytest and compute-sanitizer
+    racecheck   the same for races in shared memory                    needs pytest and compute-sanitizer
     benchmark   benchmarks/gpu.py; its JSON goes to benchmarks/results
 
 Uses the interpreter it is run with: torch for CUDA, numpy, filelock and cuda-core; no installation, no network. Exit
