@@ -89,17 +89,20 @@ class EngineConfig:
         return min(self.max_seq_len, self.cache_tokens)
 
 
-def resolve(options: EngineOptions, shape: ModelShape, *, free_bytes: int | None = None) -> EngineConfig:
+def resolve(
+    options: EngineOptions, shape: ModelShape, *, native: bool = False, free_bytes: int | None = None
+) -> EngineConfig:
     """Check the options and fill in what was left open.
 
     Args:
+        native: the compiled kernels are there; "auto" is "fast" with them and "exact" without.
         free_bytes: memory to choose the cache's size by; None asks the system.
 
     Raises:
         SettingsError: an option out of range, or one that this version does not have.
     """
     device = _device(options.device)
-    precision = _precision(options.precision)
+    precision = _precision(options.precision, native=native)
     max_seq_len = shape.max_seq_len if options.max_seq_len is None else options.max_seq_len
     _require(
         2 <= max_seq_len <= shape.max_seq_len, "max_seq_len", f"from 2 to the model's {shape.max_seq_len}", max_seq_len
@@ -189,12 +192,12 @@ def _device(device: str) -> str:
     raise SettingsError(f"device must be 'auto' or 'cpu', got {device!r}")
 
 
-def _precision(precision: str) -> str:
-    if precision in ("auto", "exact"):
-        return "exact"
-    if precision == "fast":
-        raise SettingsError("precision='fast' is not available in this version; use 'exact' or 'auto'")
-    raise SettingsError(f"precision must be 'auto' or 'exact', got {precision!r}")
+def _precision(precision: str, *, native: bool) -> str:
+    if precision == "auto":
+        return "fast" if native else "exact"
+    if precision in ("exact", "fast"):
+        return precision
+    raise SettingsError(f"precision must be 'auto', 'exact' or 'fast', got {precision!r}")
 
 
 def _cache_dtype(cache_dtype: str, shape: ModelShape) -> str:

@@ -11,10 +11,11 @@ import torch
 from exl2_rag.errors import ModelError
 from exl2_rag.llm.checkpoint import Checkpoint
 from exl2_rag.llm.config import ModelConfig
+from exl2_rag.llm.decode_tapes import DecodeTapes
 from exl2_rag.llm.engine import Engine
 from exl2_rag.llm.engine_config import EngineConfig, EngineOptions, ModelShape, available_memory_bytes, resolve
 from exl2_rag.llm.fingerprint import cache_fingerprint
-from exl2_rag.llm.kernels.ops import set_num_threads
+from exl2_rag.llm.kernels.ops import native_available, set_num_threads
 from exl2_rag.llm.kv_cache import KVCache
 from exl2_rag.llm.model_runner import ModelRunner
 from exl2_rag.llm.models.registry import load_model
@@ -79,7 +80,14 @@ def _load(model_dir: Path, options: EngineOptions) -> LoadedModel:
     if options.num_threads is not None:
         set_num_threads(options.num_threads)
     device = torch.device(engine_config.device)
-    model = load_model(model_dir, config, checkpoint, device=device, max_seq_len=engine_config.max_seq_len)
+    model = load_model(
+        model_dir,
+        config,
+        checkpoint,
+        device=device,
+        max_seq_len=engine_config.max_seq_len,
+        precision=engine_config.precision,
+    )
     cache = KVCache(
         n_layers=config.n_layers,
         n_pages=engine_config.n_pages,
@@ -89,8 +97,9 @@ def _load(model_dir: Path, options: EngineOptions) -> LoadedModel:
         dtype=TORCH_DTYPES[engine_config.cache_dtype],
         device=device,
     )
+    table_width = -(-engine_config.max_seq_len // engine_config.page_size)
     engine = Engine(
-        ModelRunner(model, cache, device),
+        ModelRunner(model, cache, device, decode_tapes=DecodeTapes(model, cache, table_width)),
         engine_config,
         TokenizerText(tokenizer, config.vocab_size),
         vocab_size=config.vocab_size,
@@ -112,4 +121,9 @@ def _engine_config(config: ModelConfig, checkpoint: Checkpoint, options: EngineO
         cache_elements_per_token=2 * config.n_layers * config.n_kv_heads * config.head_dim,
         fp32_weights=checkpoint.has(norm) and checkpoint.tensor(norm).dtype == torch.float32,
     )
-    return resolve(options, shape, free_bytes=max(0, available_memory_bytes() - checkpoint.total_bytes()))
+    return resolve(
+        options,
+        shape,
+        native=native_available(),
+        free_bytes=max(0, available_memory_bytes() - checkpoint.total_bytes()),
+    )

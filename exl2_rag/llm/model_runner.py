@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exl2_rag.llm.decode_tapes import DecodeTapes
 from exl2_rag.llm.forward_inputs import ForwardInputs
 from exl2_rag.llm.kv_cache import KVCache
 from exl2_rag.llm.page_table import PageCopy
@@ -30,12 +31,16 @@ class ModelRunner:
         model: computes logits.
         cache: its keys and values.
         device: where the inputs go.
+        decode_tapes: runs the steps in which every sequence decodes, where it takes them.
     """
 
-    def __init__(self, model: Model, cache: KVCache, device: torch.device) -> None:
+    def __init__(
+        self, model: Model, cache: KVCache, device: torch.device, *, decode_tapes: DecodeTapes | None = None
+    ) -> None:
         self.cache = cache
         self._model = model
         self._device = device
+        self._decode_tapes = decode_tapes
 
     def copy_rows(self, copies: Seq[PageCopy]) -> None:
         """Carry out the copies, in their order."""
@@ -48,10 +53,14 @@ class ModelRunner:
 
         Returns:
             For each slice [rows, V] float32: one row if its end is reached and a token is to follow, the rows an
-            evaluation asks for, or none.
+            evaluation asks for, or none. Valid until the next call.
         """
         wanted = [wanted_rows(one) for one in slices]
-        logits = self._model.forward(self.build_inputs(slices, wanted), self.cache)
+        inputs = self.build_inputs(slices, wanted)
+        if self._decode_tapes is not None and self._decode_tapes.takes(len(slices)) and _is_decode(slices, wanted):
+            logits = self._decode_tapes.run(inputs)
+        else:
+            logits = self._model.forward(inputs, self.cache)
         return list(torch.split(logits, [len(rows) for rows in wanted]))
 
     def build_inputs(self, slices: Seq[Slice], wanted: Seq[range]) -> ForwardInputs:
@@ -74,6 +83,7 @@ class ModelRunner:
             positions[rows] = place
             slots[rows] = pages[place // page_size] * page_size + place % page_size
             page_table[row, : len(pages)] = pages
+        every_row = sum(len(offsets) for offsets in wanted) == starts[-1]
         logit_rows = [starts[row] + offset for row, offsets in enumerate(wanted) for offset in offsets]
         return ForwardInputs(
             token_ids=self._tensor(token_ids),
@@ -82,11 +92,16 @@ class ModelRunner:
             page_table=self._tensor(page_table),
             query_starts=self._tensor(starts.astype(np.int32)),
             context_lens=self._tensor(context_lens),
-            logit_rows=self._tensor(np.array(logit_rows, dtype=np.int64)),
+            logit_rows=None if every_row else self._tensor(np.array(logit_rows, dtype=np.int64)),
         )
 
     def _tensor(self, array: np.ndarray[tuple[int, ...], np.dtype[np.int32] | np.dtype[np.int64]]) -> Tensor:
         return torch.from_numpy(array).to(self._device)
+
+
+def _is_decode(slices: Seq[Slice], wanted: Seq[range]) -> bool:
+    """Whether each slice is one token whose logits are wanted."""
+    return all(one.n_tokens == 1 and len(rows) == 1 for one, rows in zip(slices, wanted, strict=True))
 
 
 def wanted_rows(one: Slice) -> range:
