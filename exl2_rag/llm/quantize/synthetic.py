@@ -1,8 +1,9 @@
 """Writes EXL2 models of a given shape with random weights, to measure speed and memory on.
 
 The files are what ExLlamaV2's converter leaves: its layouts of widths and groups, its names, one permutation for q, k
-and v and one for gate and up, an own head. Codes are drawn packed, so a model is written about as fast as the disk takes
-it; scales are chosen so that every matrix keeps the variance of what it multiplies. The models say nothing sensible.
+and v and one for gate and up, an own head. Codes are drawn packed, so a model is written about as fast as the disk
+takes it; scales are chosen so that every matrix keeps the variance of what it multiplies. The models say nothing
+sensible.
 """
 
 from __future__ import annotations
@@ -330,17 +331,17 @@ def _config(shape: SyntheticShape, bits: float, head_bits: int) -> dict[str, Any
 def _tokenizer(vocab: int) -> dict[str, Any]:
     """A token for each byte, begin and end of sequence, and made-up words for the other ids: every id has a text."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    specials = {_BYTE_TOKENS: _BOS, _BYTE_TOKENS + 1: _EOS}
+    specials = {_BOS: _BYTE_TOKENS, _EOS: _BYTE_TOKENS + 1}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     words = {f"x{token_id:x}": token_id for token_id in range(_LEAST_VOCAB, vocab)}
     return {
         "version": "1.0",
-        "added_tokens": [{"id": n, "content": text, "special": True, **flags} for n, text in specials.items()],
+        "added_tokens": [{"id": n, "content": text, "special": True, **flags} for text, n in specials.items()],
         "pre_tokenizer": byte_level,
         "decoder": byte_level,
         "model": {
             "type": "BPE",
-            "vocab": {character: byte for byte, character in enumerate(_byte_characters())} | words,
+            "vocab": {character: byte for byte, character in enumerate(_byte_characters())} | specials | words,
             "merges": [],
         },
     }
