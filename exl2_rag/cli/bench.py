@@ -55,7 +55,7 @@ def bench(
         raise SettingsError("give a model directory (--model) or a shape (--shape, --bpw), not both")
     if model is None:
         shape = shape or DEFAULT_SHAPE
-        model = _synthetic_model(cache_dir or _default_cache_dir(), shape, DEFAULT_BPW if bpw is None else bpw)
+        model = synthetic_model(cache_dir or default_cache_dir(), shape, DEFAULT_BPW if bpw is None else bpw)
     result: dict[str, Any] = {"shape": shape, "model": model.resolve().name}
     result |= _measure(
         model,
@@ -160,7 +160,12 @@ def _measure(
     }
 
 
-def _default_cache_dir() -> Path:
+def default_cache_dir() -> Path:
+    """Where models of a shape are kept unless told otherwise.
+
+    Raises:
+        SettingsError: there is no home directory.
+    """
     chosen = os.environ.get("EXL2_RAG_CACHE")
     try:
         return (Path(chosen) if chosen else Path.home() / ".cache" / "exl2-rag") / "synthetic"
@@ -168,7 +173,7 @@ def _default_cache_dir() -> Path:
         raise SettingsError(f"there is no home directory to keep models in ({error}); give --cache-dir") from error
 
 
-def _synthetic_model(cache_dir: Path, shape: str, bpw: float) -> Path:
+def synthetic_model(cache_dir: Path, shape: str, bpw: float) -> Path:
     """The model of a shape; if it has to be written, then in a process of its own, whose memory is not measured."""
     from exl2_rag.llm.quantize.synthetic import cached_synthetic_model
 
