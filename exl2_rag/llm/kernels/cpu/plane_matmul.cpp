@@ -6,8 +6,8 @@
 //     chunk:   f = float(128 * high_sum + low_sum - zero * sum(n));   piece += s * f        s: scale of x in the chunk
 //     piece:   up to 128 rows of one group;                            y += scale[n] * piece
 //
-// Few rows (T <= 4) multiply codes as they come out of the planes: memory is read once, front to back. With more rows a
-// piece is spread out to a byte a code (4 KiB, in the first cache) and multiplied by four rows at a time.
+// Few rows (T <= 4) multiply codes as they come out of the planes: memory is read once, front to back. With more rows up to
+// 256 rows of codes are spread out to a byte each (8 KiB, in the first cache) and multiplied by four rows of x at a time.
 #include <stdint.h>
 
 #include "../exl2_layout.h"
@@ -23,7 +23,8 @@ constexpr int kPieceChunks = 4;
 constexpr int kMostTokens = 4;  // rows of x that are multiplied together: 16 sums of 32 AVX-512 registers
 constexpr int kTileVecs = kTileColumns / kLanes;
 constexpr int kDigitBytes = 2 * kChunkRows;  // of a chunk
-constexpr int kSpreadBytes = kPieceChunks * kQuads * kUnitBytes;
+constexpr int kSpreadChunks = 8;
+constexpr int kSpreadBytes = kSpreadChunks * kQuads * kUnitBytes;
 
 // Vectors of columns that share the loads of x.
 #if defined(__AVX512F__)
@@ -85,23 +86,30 @@ EXL2_ALWAYS_INLINE void prefetch(const uint8_t* unit) {
     for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(unit + kPrefetchBytes + i, 0, 2);
 }
 
-// What a group subtracts from its codes: one number (EXL2), or one a column (GPTQ).
-struct Zero {
-    int32_t number;
-    const uint8_t* columns;  // of the tile, or null
+// Up to four chunks of one group.
+struct Piece {
+    int32_t chunks, bits, group;
+};
+
+// What belongs to the groups of one tile.
+struct TileTables {
+    const float* scales;   // [n_groups, 32]
+    const uint8_t* zeros;  // [n_groups, 32], what codes are counted from; or null: from 2^(bits - 1)
 };
 
 // sums[t][v] of one piece, in float32.
 //   unit: first unit of the piece, at the first column of the kVecs vectors.
 template <int kBits, bool kWide, bool kZeros, int kTokens, int kVecs>
-EXL2_ALWAYS_INLINE void multiply_piece(const uint8_t* unit, int chunks, Numbers x, Zero zero, int column, Vec (&piece)[kTokens][kVecs]) {
+EXL2_ALWAYS_INLINE void multiply_piece(const uint8_t* unit, Piece piece, const uint8_t* column_zeros, Numbers x,
+                                       Vec (&result)[kTokens][kVecs]) {
     VecInt zeros[kVecs];
     for (int v = 0; v < kVecs; ++v) {
-        if constexpr (kZeros) zeros[v] = load_bytes(zero.columns + column + v * kLanes);
-        for (int t = 0; t < kTokens; ++t) piece[t][v] = Vec{};
+        if constexpr (kZeros) zeros[v] = load_bytes(column_zeros + v * kLanes);
+        for (int t = 0; t < kTokens; ++t) result[t][v] = Vec{};
     }
+    const int32_t zero = 1 << (piece.bits - 1);
     const int64_t token_bytes = x.stride * kDigitBytes;
-    for (int chunk = 0; chunk < chunks; ++chunk) {
+    for (int chunk = 0; chunk < piece.chunks; ++chunk) {
         if constexpr (kBits != 8) prefetch<Planes<kBits>::chunk_bytes>(unit);
         VecInt sums[kTokens][kVecs][2];
         for (int t = 0; t < kTokens; ++t) {
@@ -109,7 +117,7 @@ EXL2_ALWAYS_INLINE void multiply_piece(const uint8_t* unit, int chunks, Numbers 
             for (int v = 0; v < kVecs; ++v) {
                 sums[t][v][0] = VecInt{};
                 if constexpr (kZeros) sums[t][v][1] = zeros[v] * splat_int(-sum);
-                else sums[t][v][1] = splat_int(-zero.number * sum);
+                else sums[t][v][1] = splat_int(-zero * sum);
             }
         }
         multiply_quads<kBits, kWide, kTokens, kVecs>(unit, x.digits + chunk * kDigitBytes, token_bytes, sums);
@@ -117,41 +125,48 @@ EXL2_ALWAYS_INLINE void multiply_piece(const uint8_t* unit, int chunks, Numbers 
             const Vec scale = splat(x.scales[t * x.stride + chunk]);
             for (int v = 0; v < kVecs; ++v) {
                 const Vec whole = __builtin_convertvector((sums[t][v][0] << 7) + sums[t][v][1], Vec);
-                piece[t][v] = mul_add(whole, scale, piece[t][v]);
+                result[t][v] = mul_add(whole, scale, result[t][v]);
             }
         }
         unit += Planes<kBits>::chunk_bytes;
     }
 }
 
-// y[t][0..32) += scales * piece, for kTokens rows.
+// y[t][0..32) += what the pieces give, for kTokens rows of x that start at the first piece.
 template <int kBits, bool kWide, bool kZeros, int kTokens>
-void add_piece(const uint8_t* units, int chunks, Numbers x, Zero zero, const float* scales, float* y) {
+void add_pieces(const uint8_t* units, const Piece* pieces, int count, TileTables tables, Numbers x, float* y) {
     constexpr int kVecs = vecs_together(kTokens);
-    for (int v = 0; v < kTileVecs; v += kVecs) {
-        Vec piece[kTokens][kVecs];
-        multiply_piece<kBits, kWide, kZeros, kTokens, kVecs>(units + v * kLanes * 4, chunks, x, zero, v * kLanes, piece);
-        for (int t = 0; t < kTokens; ++t) {
-            for (int i = 0; i < kVecs; ++i) {
-                float* target = y + t * kTileColumns + (v + i) * kLanes;
-                store(target, mul_add(piece[t][i], load(scales + (v + i) * kLanes), load(target)));
+    for (int p = 0; p < count; ++p) {
+        const Piece piece = pieces[p];
+        const float* scales = tables.scales + piece.group * kTileColumns;
+        for (int v = 0; v < kTileVecs; v += kVecs) {
+            Vec result[kTokens][kVecs];
+            const uint8_t* zeros = kZeros ? tables.zeros + piece.group * kTileColumns + v * kLanes : nullptr;
+            multiply_piece<kBits, kWide, kZeros, kTokens, kVecs>(units + v * kLanes * 4, piece, zeros, x, result);
+            for (int t = 0; t < kTokens; ++t) {
+                for (int i = 0; i < kVecs; ++i) {
+                    float* target = y + t * kTileColumns + (v + i) * kLanes;
+                    store(target, mul_add(result[t][i], load(scales + (v + i) * kLanes), load(target)));
+                }
             }
         }
+        units += piece.chunks * Planes<kBits>::chunk_bytes;
+        x = x.at(0, piece.chunks);
     }
 }
 
-using AddPiece = void (*)(const uint8_t*, int, Numbers, Zero, const float*, float*);
+using AddPieces = void (*)(const uint8_t*, const Piece*, int, TileTables, Numbers, float*);
 
 template <int kBits, bool kWide, bool kZeros>
-AddPiece for_tokens(int tokens) {
-    static constexpr AddPiece table[kMostTokens] = {
-        add_piece<kBits, kWide, kZeros, 1>, add_piece<kBits, kWide, kZeros, 2>, add_piece<kBits, kWide, kZeros, 3>,
-        add_piece<kBits, kWide, kZeros, 4>};
+AddPieces for_tokens(int tokens) {
+    static constexpr AddPieces table[kMostTokens] = {
+        add_pieces<kBits, kWide, kZeros, 1>, add_pieces<kBits, kWide, kZeros, 2>, add_pieces<kBits, kWide, kZeros, 3>,
+        add_pieces<kBits, kWide, kZeros, 4>};
     return table[tokens - 1];
 }
 
 // Straight from the planes.
-AddPiece packed_function(int bits, bool zeros, int tokens) {
+AddPieces packed_function(int bits, bool zeros, int tokens) {
     switch (bits) {
         case 2: return for_tokens<2, false, false>(tokens);
         case 3: return for_tokens<3, false, false>(tokens);
@@ -163,7 +178,7 @@ AddPiece packed_function(int bits, bool zeros, int tokens) {
 }
 
 // From codes spread out to bytes, which are the planes of 8-bit codes.
-AddPiece spread_function(int bits, bool zeros, int tokens) {
+AddPieces spread_function(int bits, bool zeros, int tokens) {
     if (zeros) return for_tokens<8, false, true>(tokens);
     return bits == 8 ? for_tokens<8, true, false>(tokens) : for_tokens<8, false, false>(tokens);
 }
@@ -192,61 +207,87 @@ void spread_any(int bits, const uint8_t* units, int chunks, uint8_t* out) {
     }
 }
 
-// The scales of a group for the 32 columns of a tile, rounded as the format rounds them.
-void group_column_scales(const PlaneMatmul& args, int64_t tile, int64_t group, float* out) {
-    const int64_t index = tile * args.n_groups + group;
+// The squares of 1 to 16, for vectors that can look up sixteen numbers at once.
+alignas(64) constexpr float kSquares[16] = {1, 4, 9, 16, 25, 36, 49, 64, 81, 100, 121, 144, 169, 196, 225, 256};
+
+// kSquares[low four bits of each lane]
+inline Vec squares_of(VecInt nibbles) {
+#if defined(__AVX512F__)
+    return _mm512_permutexvar_ps(reinterpret_cast<__m512i>(nibbles), _mm512_load_ps(kSquares));
+#else
+    const Vec scale = __builtin_convertvector((nibbles & 15) + 1, Vec);
+    return scale * scale;
+#endif
+}
+
+struct Job {
+    PlaneMatmul args;
+    const Piece* pieces;
+    int n_pieces;
+    const float* group_scales;  // as float32
+};
+
+// The scales of a tile, [n_groups, 32], rounded as the format rounds them.
+void tile_scales(const Job& job, int64_t tile, float* out) {
+    const PlaneMatmul& args = job.args;
+    constexpr int kHalf = kTileColumns / 2;
     if (args.zeros != nullptr) {
-        const Half* halves = reinterpret_cast<const Half*>(args.scales) + index * kTileColumns;
-        for (int column = 0; column < kTileColumns; column += kLanes) store(out + column, load_as_float(halves + column));
+        const Half* halves = reinterpret_cast<const Half*>(args.scales) + tile * args.n_groups * kTileColumns;
+        for (int64_t i = 0; i < args.n_groups * kTileColumns; i += kLanes) store(out + i, load_as_float(halves + i));
         return;
     }
-    const uint8_t* nibbles = args.scales + index * kTileColumns / 2;
-    const Vec group_scale = splat(float_from_half(args.group_scales[group]));
-    for (int column = 0; column < kTileColumns; column += kLanes) {
-        const VecInt nibble = (load_bytes(nibbles + column % 16) >> (column / 16 * 4)) & 15;
-        const Vec scale = __builtin_convertvector(nibble + 1, Vec);
-        store(out + column, through_half(scale * scale * group_scale));
+    const uint8_t* nibbles = args.scales + tile * args.n_groups * kHalf;
+    for (int64_t group = 0; group < args.n_groups; ++group, nibbles += kHalf, out += kTileColumns) {
+        const Vec group_scale = splat(job.group_scales[group]);
+        for (int column = 0; column < kHalf; column += kLanes) {
+            const VecInt bytes = load_bytes(nibbles + column);
+            store(out + column, through_half(squares_of(bytes) * group_scale));
+            store(out + kHalf + column, through_half(squares_of(bytes >> 4) * group_scale));
+        }
     }
 }
 
-bool multiply_tile(const void* context, int64_t tile) {
-    const PlaneMatmul& args = *static_cast<const PlaneMatmul*>(context);
-    const bool spread = args.rows > kMostTokens;
-    float* memory = scratch(0, static_cast<size_t>(args.rows * kTileColumns) + kSpreadBytes / sizeof(float));
-    if (memory == nullptr) return false;
-    uint8_t* bytes = reinterpret_cast<uint8_t*>(memory);
-    float* y = memory + kSpreadBytes / sizeof(float);
-    for (int64_t i = 0; i < args.rows * kTileColumns; ++i) y[i] = 0.0f;
+// How many of the pieces are of one width and together have at most so many chunks, and how many they have.
+int same_width(const Piece* pieces, int count, int64_t most_chunks, int& chunks) {
+    int n = 0;
+    chunks = 0;
+    while (n < count && pieces[n].bits == pieces[0].bits && chunks + pieces[n].chunks <= most_chunks) chunks += pieces[n++].chunks;
+    return n;
+}
 
-    const Numbers x{args.digits, args.x_scales, args.sums, args.in / kChunkRows};
+bool multiply_tile(const void* context, int64_t tile) {
+    const Job& job = *static_cast<const Job*>(context);
+    const PlaneMatmul& args = job.args;
+    const int64_t scale_floats = args.n_groups * kTileColumns;
+    float* memory = scratch(0, static_cast<size_t>(kSpreadBytes / 4 + scale_floats + args.rows * kTileColumns));
+    if (memory == nullptr) return false;
+    uint8_t* spread = reinterpret_cast<uint8_t*>(memory);
+    float* scales = memory + kSpreadBytes / 4;
+    float* y = scales + scale_floats;
+    for (int64_t i = 0; i < args.rows * kTileColumns; ++i) y[i] = 0.0f;
+    tile_scales(job, tile, scales);
+
+    const bool zeros = args.zeros != nullptr, few = args.rows <= kMostTokens;
+    const TileTables tables{scales, zeros ? args.zeros + tile * args.n_groups * kTileColumns : nullptr};
+    const int64_t all_chunks = args.in / kChunkRows;
+    Numbers x{args.digits, args.x_scales, args.sums, all_chunks};
     const uint8_t* units = args.planes + tile * args.packed_rows * kUnitBytes;
-    int64_t first_chunk = 0;
-    for (int64_t group = 0; group < args.n_groups; ++group) {
-        const int bits = args.groups[2 * group];
-        int left = args.groups[2 * group + 1] / kChunkRows;
-        const bool zeros = args.zeros != nullptr;
-        const Zero zero{1 << (bits - 1), zeros ? args.zeros + (tile * args.n_groups + group) * kTileColumns : nullptr};
-        float scales[kTileColumns];
-        group_column_scales(args, tile, group, scales);
-        while (left > 0) {
-            const int chunks = left < kPieceChunks ? left : kPieceChunks;
-            if (!spread) {
-                packed_function(bits, zeros, static_cast<int>(args.rows))(units, chunks, x.at(0, first_chunk), zero, scales, y);
-            } else {
-                const uint8_t* codes = units;
-                if (bits != 8) {
-                    spread_any(bits, units, chunks, bytes);
-                    codes = bytes;
-                }
-                for (int64_t t = 0; t < args.rows; t += kMostTokens) {
-                    const int tokens = static_cast<int>(args.rows - t < kMostTokens ? args.rows - t : kMostTokens);
-                    spread_function(bits, zeros, tokens)(codes, chunks, x.at(t, first_chunk), zero, scales, y + t * kTileColumns);
-                }
+    for (int next = 0, n; next < job.n_pieces; next += n) {
+        const Piece* pieces = job.pieces + next;
+        const int bits = pieces->bits;
+        int chunks;
+        n = same_width(pieces, job.n_pieces - next, few || bits == 8 ? all_chunks : kSpreadChunks, chunks);
+        if (few) {
+            packed_function(bits, zeros, static_cast<int>(args.rows))(units, pieces, n, tables, x, y);
+        } else {
+            if (bits != 8) spread_any(bits, units, chunks, spread);
+            for (int64_t t = 0; t < args.rows; t += kMostTokens) {
+                const int tokens = static_cast<int>(args.rows - t < kMostTokens ? args.rows - t : kMostTokens);
+                spread_function(bits, zeros, tokens)(bits == 8 ? units : spread, pieces, n, tables, x.at(t, 0), y + t * kTileColumns);
             }
-            units += chunks * bits * kUnitBytes;
-            first_chunk += chunks;
-            left -= chunks;
         }
+        units += static_cast<int64_t>(chunks) * bits * kUnitBytes;
+        x = x.at(0, chunks);
     }
 
     const int64_t first = tile * kTileColumns;
@@ -264,9 +305,21 @@ bool multiply_tile(const void* context, int64_t tile) {
 }  // namespace
 
 int plane_matmul(const PlaneMatmul& args) {
+    static_assert(alignof(Piece) <= alignof(float), "pieces lie behind floats");
+    const int64_t most_pieces = args.in / kChunkRows;
+    float* group_scales = scratch(1, static_cast<size_t>(args.n_groups + most_pieces * static_cast<int64_t>(sizeof(Piece) / 4)));
+    if (group_scales == nullptr) return kNoMemory;
+    Piece* pieces = reinterpret_cast<Piece*>(group_scales + args.n_groups);
+    int n_pieces = 0;
+    for (int64_t group = 0; group < args.n_groups; ++group) {
+        if (args.zeros == nullptr) group_scales[group] = float_from_half(args.group_scales[group]);
+        for (int left = args.groups[2 * group + 1] / kChunkRows; left > 0; left -= kPieceChunks)
+            pieces[n_pieces++] = {left < kPieceChunks ? left : kPieceChunks, args.groups[2 * group], static_cast<int32_t>(group)};
+    }
+    const Job job{args, pieces, n_pieces, group_scales};
     // Reading a weight from memory costs about as much as sixteen of these multiply-adds.
     const int64_t cost = args.in * args.out * (args.rows + 16) / 8;
-    return run_tasks((args.out + kTileColumns - 1) / kTileColumns, cost, multiply_tile, &args) ? kOk : kNoMemory;
+    return run_tasks((args.out + kTileColumns - 1) / kTileColumns, cost, multiply_tile, &job) ? kOk : kNoMemory;
 }
 
 }  // namespace EXL2_LEVEL
