@@ -18,19 +18,26 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from exl2_rag.errors import KernelError
 from exl2_rag.llm.kernels import native, status
 
 _local = threading.local()
 
-# Operators that move no numbers.
+# Calls that compute nothing: properties, questions, fresh memory.
 _HARMLESS = frozenset(
     {
-        *("empty", "empty_like", "empty_strided", "new_empty", "detach", "alias", "lift_fresh"),
-        *("view", "_unsafe_view", "slice", "select", "as_strided", "expand", "unsqueeze", "squeeze"),
-        *("reshape", "flatten", "unflatten", "transpose", "t", "permute"),
+        *("__get__", "dim", "size", "stride", "numel", "is_contiguous", "element_size", "data_ptr"),
+        *("empty", "empty_like", "new_empty"),
+    }
+)
+
+# Calls that give another view of a tensor, as long as they do not have to copy it.
+_VIEWS = frozenset(
+    {
+        *("view", "reshape", "flatten", "unflatten", "transpose", "permute", "squeeze", "unsqueeze", "expand"),
+        *("__getitem__", "narrow", "select", "contiguous", "detach"),
     }
 )
 
@@ -84,18 +91,30 @@ class Tape:
             status.check(self._entries[stopped_at.value][0], code)
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ships it without annotations
-    """Lets our ops and views through, and names the first operator that is neither."""
+class _Watch(TorchFunctionMode):
+    """Lets our ops and views through, and names the first call that is neither.
+
+    A mode of Python's calls, not of torch's dispatcher: that one imports the compiler, which takes a second.
+    """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.offender: str | None = None
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        namespace, _, name = func._schema.name.partition("::")
-        if namespace != "exl2_rag" and name not in _HARMLESS and self.offender is None:
-            self.offender = func._schema.name
-        return func(*args, **(kwargs or {}))
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", str(func))
+        if getattr(func, "namespace", None) == "exl2_rag" or name in _HARMLESS:
+            return result
+        if name in _VIEWS and isinstance(result, Tensor) and _same_memory(result, args[0]):
+            return result
+        if self.offender is None:
+            self.offender = name
+        return result
+
+
+def _same_memory(view: Tensor, of: Tensor) -> bool:
+    return view.untyped_storage().data_ptr() == of.untyped_storage().data_ptr()
 
 
 def current() -> Tape | None:
