@@ -5,8 +5,8 @@
 
 `write` makes a model of random weights: each matrix has the type that llama.cpp's quantiser gives it without an
 importance matrix (`llama-quant.cpp`), its blocks are random bits under scales that keep variances near 1. `serve` loads
-it, prints one JSON line about itself, and then, for each line it reads, measures one prompt with every setting and
-prints a JSON line. Speaks only with the script beside it.
+it, prints one JSON line about itself, and then, for each line it reads, which names a setting and a number of new
+tokens, measures one prompt and prints a JSON line. Speaks only with the script beside it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,14 @@ from typing import Any
 
 import numpy as np
 
-SETTINGS = {"flash_attention": 1, "no_flash_attention": 0}
-"""By llama.cpp's numbers. The default, -1, takes one of the two."""
+SETTINGS = {
+    "repack, flash attention": (True, 1),
+    "repack": (True, 0),
+    "no repack, flash attention": (False, 1),
+    "no repack": (False, 0),
+}
+"""Whether weights are repacked at load (`use_extra_bufts`, the default), and llama.cpp's number for flash attention,
+whose default, -1, takes one of these two."""
 
 BLOCK = {"Q4_0": (32, 18), "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q6_K": (256, 210)}
 """Weights and bytes of a block."""
@@ -153,7 +159,7 @@ def _add_tokenizer(writer: Any, gguf: Any, vocab: int) -> None:
 
 
 def serve(path: Path, threads: int, n_prompt: int, n_new: int) -> None:
-    """Answer each input line with a measurement of every setting, until the input ends."""
+    """Answer each input line, `{"setting": ..., "new": ...}`, with a measurement, until the input ends."""
     # The script beside this one has the package's name and would be found first.
     here = Path(__file__).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != here]
@@ -162,33 +168,36 @@ def serve(path: Path, threads: int, n_prompt: int, n_new: int) -> None:
     log: list[str] = []
     keep = _quiet_log(lib, log.append)
     lib.llama_backend_init()
-    model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
-    if not model:
-        raise SystemExit(f"llama.cpp cannot load {path}:\n{''.join(log)}")
+    models = {}
+    for repack in (True, False):
+        model_params = lib.llama_model_default_params()
+        model_params.use_extra_bufts = repack
+        models[repack] = lib.llama_model_load_from_file(str(path).encode(), model_params)
+        if not models[repack]:
+            raise SystemExit(f"llama.cpp cannot load {path}:\n{''.join(log)}")
     contexts = {}
-    for name, flash in SETTINGS.items():
+    for name, (repack, flash) in SETTINGS.items():
         params = lib.llama_context_default_params()
         params.n_ctx = n_prompt + n_new + 8
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = flash
         params.no_perf = True
-        contexts[name] = lib.llama_init_from_model(model, params)
+        contexts[name] = lib.llama_init_from_model(models[repack], params)
         if not contexts[name]:
             raise SystemExit(f"llama.cpp cannot make a context ({name}):\n{''.join(log)}")
-    vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+    vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(models[True]))
     rng = random.Random(0)
-    for context in contexts.values():  # what is loaded at first use
-        _measure(lib, context, vocab, n_prompt, 4, rng)
     about = {
         "version": lib.__version__,
         "system": lib.llama_print_system_info().decode().strip(" |"),
-        "model_bytes": lib.llama_model_size(model),
-        "buffers": [line.strip() for line in "".join(log).splitlines() if "model buffer size" in line],
+        "model_bytes": lib.llama_model_size(models[True]),
+        "settings": list(SETTINGS),
     }
     print(json.dumps(about), flush=True)
-    for _ in sys.stdin:
-        runs = {name: _measure(lib, context, vocab, n_prompt, n_new, rng) for name, context in contexts.items()}
-        print(json.dumps(runs), flush=True)
+    for line in sys.stdin:
+        wanted = json.loads(line)
+        result = _measure(lib, contexts[wanted["setting"]], vocab, n_prompt, wanted["new"], rng)
+        print(json.dumps(result), flush=True)
     del keep
 
 

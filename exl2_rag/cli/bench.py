@@ -173,15 +173,21 @@ def default_cache_dir() -> Path:
         raise SettingsError(f"there is no home directory to keep models in ({error}); give --cache-dir") from error
 
 
-def synthetic_model(cache_dir: Path, shape: str, bpw: float) -> Path:
-    """The model of a shape; if it has to be written, then in a process of its own, whose memory is not measured."""
-    from exl2_rag.llm.quantize.synthetic import cached_synthetic_model
+def synthetic_model(cache_dir: Path, name: str, bpw: float) -> Path:
+    """The model of a shape; if it has to be written, then in a process of its own, whose memory is not measured.
 
-    with (
-        busy(f"Writing {shape} at {bpw:g} bits per weight"),
-        ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool,
-    ):
-        return pool.submit(cached_synthetic_model, cache_dir, shape, bits=bpw).result()
+    Raises:
+        SettingsError: no such shape, or bits per weight that it cannot have.
+    """
+    from exl2_rag.llm.quantize import synthetic
+
+    shape = synthetic.shape_by_name(name)
+    target = synthetic.synthetic_model_dir(cache_dir, name, bits=bpw)
+    if not synthetic.is_complete(target):
+        context = multiprocessing.get_context("spawn")
+        with busy(f"Writing {name} at {bpw:g} bits per weight"), ProcessPoolExecutor(1, mp_context=context) as pool:
+            pool.submit(synthetic.ensure_synthetic_model, target, shape, bits=bpw).result()
+    return target
 
 
 def _status_bytes(field: str) -> int | None:

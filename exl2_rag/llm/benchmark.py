@@ -8,8 +8,9 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 from exl2_rag.errors import EngineError, SettingsError
 from exl2_rag.llm.api import ExL2LLM
 from exl2_rag.llm.checkpoint import Checkpoint
-from exl2_rag.llm.request import SamplingParams
+from exl2_rag.llm.request import SamplingParams, StreamPiece
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head."
 
@@ -99,21 +100,26 @@ class EngineBenchmark:
         """Prefill and continue one batch.
 
         Raises:
-            EngineError: the engine gave fewer tokens than asked for.
+            EngineError: the engine gave fewer tokens than asked for, or the sequences never decoded all together.
         """
         vocab = range(self._llm.config.vocab_size)
         prompts = [self._random.choices(vocab, k=self._prompt_tokens) for _ in range(self._batch_size)]
+        # A stream is checked and prepared here, and submitted when its first piece is asked for.
+        pieces = [self._llm.stream(prompt, self._sampling) for prompt in prompts]
         started = time.perf_counter()
         if self._batch_size == 1:
-            streams = [self._stream(prompts[0])]
+            streams = [self._arrivals(pieces[0])]
         else:
             with ThreadPoolExecutor(self._batch_size) as pool:
-                streams = list(pool.map(self._stream, prompts))
+                barrier = threading.Barrier(self._batch_size)
+                streams = list(pool.map(lambda one: self._arrivals(one, barrier), pieces))
         first = max(arrivals[0][0] for arrivals in streams)
         last = min(arrivals[-1][0] for arrivals in streams)
         decode_tokens = sum(n for arrivals in streams for at, n in arrivals if first < at <= last)
         if decode_tokens == 0:
-            raise EngineError("no two tokens of all sequences came apart; ask for more new tokens or a smaller batch")
+            raise EngineError(
+                "one sequence had ended before the last one began; ask for more new tokens or a smaller batch"
+            )
         return BenchmarkRun(
             prefill_tokens=self._batch_size * self._prompt_tokens,
             prefill_s=first - started,
@@ -122,9 +128,12 @@ class EngineBenchmark:
             token_s=tuple(gap for arrivals in streams for gap in _gaps(arrivals, first, last)),
         )
 
-    def _stream(self, prompt: list[int]) -> list[tuple[float, int]]:
-        """When tokens arrived, and how many."""
-        pieces = self._llm.stream(prompt, self._sampling)
+    def _arrivals(
+        self, pieces: Iterable[StreamPiece], barrier: threading.Barrier | None = None
+    ) -> list[tuple[float, int]]:
+        """When tokens arrived, and how many; starts when all others at the barrier do."""
+        if barrier is not None:
+            barrier.wait()
         arrivals = [(time.perf_counter(), len(piece.token_ids)) for piece in pieces]
         count = sum(n for _, n in arrivals)
         if count != self._sampling.max_tokens:

@@ -34,9 +34,9 @@ class ShardWriter:
         present = sorted(path.name for path in directory.glob("*.safetensors"))
         if present:
             raise CheckpointError(f"{directory} holds {', '.join(present)} already; give an empty directory")
-        self.n_bytes = 0
         self._directory = directory
         self._shard_bytes = shard_bytes
+        self._names: set[str] = set()
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._partial: list[Path] = []
@@ -45,15 +45,15 @@ class ShardWriter:
         """Append a tensor, which must not change until the file is written.
 
         Raises:
-            CheckpointError: the name came already in this file.
+            CheckpointError: the name came already.
         """
-        if name in self._pending:
+        if name in self._names:
             raise CheckpointError(f"ShardWriter: there are two tensors named '{name}'")
         if self._pending and self._pending_bytes + tensor.nbytes > self._shard_bytes:
             self._flush()
+        self._names.add(name)
         self._pending[name] = tensor
         self._pending_bytes += tensor.nbytes
-        self.n_bytes += tensor.nbytes
 
     def __enter__(self) -> Self:
         return self

@@ -96,28 +96,38 @@ def shape_by_name(name: str) -> SyntheticShape:
     return SHAPES[name]
 
 
-def cached_synthetic_model(cache_dir: Path, name: str, *, bits: float, head_bits: int = HEAD_BITS) -> Path:
-    """The directory of a synthetic model of a named shape, written when it is not there yet.
+def synthetic_model_dir(cache_dir: Path, name: str, *, bits: float, head_bits: int = HEAD_BITS) -> Path:
+    """Where in a cache the synthetic model of a named shape stands, or will stand."""
+    return cache_dir / f"{name}-{bits:g}bpw-h{head_bits}-v{_FORMAT}"
+
+
+def ensure_synthetic_model(target_dir: Path, shape: SyntheticShape, *, bits: float, head_bits: int = HEAD_BITS) -> None:
+    """Write a synthetic model unless the directory holds one; it appears complete or not at all.
 
     Raises:
-        SettingsError: see `shape_by_name` and `write_synthetic_model`.
+        SettingsError: see `write_synthetic_model`.
+        CheckpointError: the directory is there, but holds no complete model.
     """
-    shape = shape_by_name(name)
-    target = cache_dir / f"{name}-{bits:g}bpw-h{head_bits}-v{_FORMAT}"
-    if (target / "config.json").is_file():
-        return target
-    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    if is_complete(target_dir):
+        return
+    partial = target_dir.with_name(f"{target_dir.name}.partial-{os.getpid()}")
     try:
         write_synthetic_model(partial, shape, bits=bits, head_bits=head_bits)
         try:
-            partial.rename(target)
+            partial.rename(target_dir)
         except OSError as error:
             # Another process may have written the same model meanwhile; it is equal, bit for bit.
-            if not (target / "config.json").is_file():
-                raise CheckpointError(f"{target} cannot be made: {error}; remove it or give another folder") from error
+            if not is_complete(target_dir):
+                raise CheckpointError(
+                    f"{target_dir} cannot be made: {error}; remove it or give another folder"
+                ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return target
+
+
+def is_complete(model_dir: Path) -> bool:
+    """Whether a directory holds all of a synthetic model: its config.json is written last."""
+    return (model_dir / "config.json").is_file()
 
 
 def write_synthetic_model(
@@ -167,7 +177,10 @@ def write_synthetic_model(
     _write_json(target_dir / "tokenizer_config.json", {"bos_token": _BOS, "eos_token": _EOS, "add_bos_token": True})
     _write_json(target_dir / "config.json", _config(shape, bits, head_bits))
     return ConversionReport(
-        target_dir=target_dir, bits_per_weight=attained, n_linears=n_linears + 1, n_bytes=writer.n_bytes
+        target_dir=target_dir,
+        bits_per_weight=attained,
+        n_linears=n_linears + 1,
+        n_bytes=sum(path.stat().st_size for path in target_dir.glob("*.safetensors")),
     )
 
 
