@@ -44,6 +44,13 @@ inline Vec as_float(VecInt bits) { return reinterpret_cast<Vec>(bits); }
 inline VecInt as_int(Vec value) { return reinterpret_cast<VecInt>(value); }
 inline Vec select(VecInt condition, Vec yes, Vec no) { return condition ? yes : no; }
 
+// 0, 1, 2, ...
+inline VecInt lane_numbers() {
+    VecInt result;
+    for (int i = 0; i < kLanes; ++i) result[i] = i;
+    return result;
+}
+
 // a * b + c, with one rounding where the machine has that.
 inline Vec mul_add(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
