@@ -12,6 +12,7 @@ from torch import Tensor
 
 from exl2_rag.errors import ShapeError
 from exl2_rag.llm.kernels import reference, status, tape
+from exl2_rag.llm.kernels.weight_memory import WeightMemory
 from exl2_rag.llm.kernels.weights import CHUNK_ROWS, TILE_COLUMNS
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -147,12 +148,14 @@ def dense_matmul(
         _call(library, "dense_matmul", arguments)
 
 
-def exl2_planes(library: ctypes.CDLL, q_weight: Tensor, q_scale: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+def exl2_planes(
+    library: ctypes.CDLL, q_weight: Tensor, q_scale: Tensor, groups: Tensor, memory: WeightMemory
+) -> tuple[Tensor, Tensor]:
     """See `reference_planes.exl2_planes`; `groups` is [G, 2] int32."""
     (packed_rows, out_features), n_groups = q_weight.shape, groups.shape[0]
     q_weight, q_scale = q_weight.contiguous(), q_scale.contiguous()
-    planes = torch.empty((out_features // TILE_COLUMNS, packed_rows, 4 * TILE_COLUMNS), dtype=torch.uint8)
-    scales = torch.empty((out_features // TILE_COLUMNS, n_groups, TILE_COLUMNS // 2), dtype=torch.uint8)
+    planes = memory.empty((out_features // TILE_COLUMNS, packed_rows, 4 * TILE_COLUMNS))
+    scales = memory.empty((out_features // TILE_COLUMNS, n_groups, TILE_COLUMNS // 2))
     arguments = _Exl2Planes(
         _at(q_weight), packed_rows, out_features, _at(groups), n_groups, _at(q_scale), _at(planes), _at(scales)
     )
@@ -160,11 +163,11 @@ def exl2_planes(library: ctypes.CDLL, q_weight: Tensor, q_scale: Tensor, groups:
     return planes, scales
 
 
-def gptq_planes(library: ctypes.CDLL, qweight: Tensor, perm: Tensor) -> Tensor:
+def gptq_planes(library: ctypes.CDLL, qweight: Tensor, perm: Tensor, memory: WeightMemory) -> Tensor:
     """See `reference_planes.gptq_planes`."""
     packed_rows, out_features = qweight.shape
     qweight = qweight.contiguous()
-    planes = torch.empty((out_features // TILE_COLUMNS, packed_rows, 4 * TILE_COLUMNS), dtype=torch.uint8)
+    planes = memory.empty((out_features // TILE_COLUMNS, packed_rows, 4 * TILE_COLUMNS))
     arguments = _GptqPlanes(_at(qweight), packed_rows * 8, out_features, _at_or_null(perm), _at(planes))
     _call(library, "gptq_planes", arguments)
     return planes

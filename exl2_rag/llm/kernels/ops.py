@@ -35,6 +35,7 @@ from exl2_rag.llm.kernels.plane_ops import (
     gptq_prepare_planes,
     plane_matmul,
 )
+from exl2_rag.llm.kernels.weight_memory import WeightMemory
 from exl2_rag.llm.kernels.weights import Digits, Exl2Weights, GptqWeights, PlaneWeights
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "GptqWeights",
     "PlaneWeights",
     "Tolerance",
+    "WeightMemory",
     "add_into",
     "dense_matmul",
     "digits",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from exl2_rag.errors import ShapeError
 from exl2_rag.llm.kernels import checks, cpu_ops, native, reference, reference_planes, registry
+from exl2_rag.llm.kernels.weight_memory import WeightMemory
 from exl2_rag.llm.kernels.weights import CHUNK_ROWS, Digits, PlaneWeights, parse_groups
 
 
@@ -23,8 +24,12 @@ def exl2_prepare_planes(
     q_invperm: Tensor,
     *,
     prescale: float = 1.0,
+    memory: WeightMemory | None = None,
 ) -> PlaneWeights:
-    """Repack an EXL2 matrix for `plane_matmul`; once, at load. Arguments and errors as for `ops.exl2_prepare`."""
+    """Repack an EXL2 matrix for `plane_matmul`; once, at load. Arguments and errors as for `ops.exl2_prepare`.
+
+    `memory` is where the codes go, the same for all matrices of a model; None: memory of their own.
+    """
     checks.check_exl2_parts("exl2_prepare_planes", q_weight, q_groups, q_scale, q_scale_max, q_invperm)
     packed_rows, out_features = q_weight.shape
     try:
@@ -38,7 +43,7 @@ def exl2_prepare_planes(
     if library is None:
         planes, scales = reference_planes.exl2_planes(q_weight, q_scale, groups)
     else:
-        planes, scales = cpu_ops.exl2_planes(library, q_weight, q_scale, table)
+        planes, scales = cpu_ops.exl2_planes(library, q_weight, q_scale, table, memory or WeightMemory())
     return PlaneWeights(
         planes=planes,
         scales=scales,
@@ -59,6 +64,7 @@ def gptq_prepare_planes(
     *,
     prescale: float = 1.0,
     zero_offset: int = 1,
+    memory: WeightMemory | None = None,
 ) -> PlaneWeights | None:
     """Repack a 4-bit GPTQ matrix for `plane_matmul`; arguments and errors as for `ops.gptq_prepare`.
 
@@ -75,9 +81,10 @@ def gptq_prepare_planes(
     order = torch.argsort(row_groups, stable=True).to(torch.int32)
     perm = order[:0].clone() if torch.equal(order, torch.arange(in_features, dtype=torch.int32)) else order
     library = native.library()
-    planes = (
-        reference_planes.gptq_planes(qweight, perm) if library is None else cpu_ops.gptq_planes(library, qweight, perm)
-    )
+    if library is None:
+        planes = reference_planes.gptq_planes(qweight, perm)
+    else:
+        planes = cpu_ops.gptq_planes(library, qweight, perm, memory or WeightMemory())
     tiled_scales, tiled_zeros = reference.gptq_tables(qzeros, scales, prescale=prescale, zero_offset=zero_offset)
     return PlaneWeights(
         planes=planes,

@@ -201,6 +201,7 @@ def load_linear(
     device: torch.device,
     gptq_format: str | None = None,
     precision: str = "exact",
+    memory: ops.WeightMemory | None = None,
 ) -> Linear:
     """Read one layer and make it ready to multiply.
 
@@ -211,6 +212,7 @@ def load_linear(
         gptq_format: `checkpoint_format` of the model's `quantization_config`; matters for GPTQ only.
         precision: "fast" multiplies quantised matrices as whole numbers; "exact" in float32. A GPTQ matrix whose groups
             are no multiples of 32 rows is multiplied in float32 in either case.
+        memory: for the codes of "fast" matrices, shared by the layers of a model.
 
     Raises:
         CheckpointError: see `check_linear`, and anything else wrong with the tensors' contents.
@@ -220,7 +222,8 @@ def load_linear(
     parts = {name: tensor.to(device) for name, tensor in checkpoint.linear(spec.key).items()}
     bias = parts["bias"][: spec.out_features].to(torch.float32) if spec.bias else None
     if kind == "exl2" and precision == "fast":
-        return PlaneLinear(ops.exl2_prepare_planes(*(parts[name] for name in _EXL2_PARTS)), bias, spec.out_features)
+        exl2_planes = ops.exl2_prepare_planes(*(parts[name] for name in _EXL2_PARTS), memory=memory)
+        return PlaneLinear(exl2_planes, bias, spec.out_features)
     if kind == "exl2":
         exl2 = ops.exl2_prepare(*(parts[name] for name in _EXL2_PARTS))
         return QuantisedLinear(exl2, bias, spec.out_features, lambda x: ops.exl2_matmul(x, exl2))
@@ -228,7 +231,7 @@ def load_linear(
         offset = zero_offset(gptq_format)
         gptq_parts = (parts["qweight"], parts["qzeros"], parts["scales"], parts.get("g_idx"))
         if precision == "fast":
-            planes = ops.gptq_prepare_planes(*gptq_parts, zero_offset=offset)
+            planes = ops.gptq_prepare_planes(*gptq_parts, zero_offset=offset, memory=memory)
             if planes is not None:
                 return PlaneLinear(planes, bias, spec.out_features)
         gptq = ops.gptq_prepare(*gptq_parts, zero_offset=offset)

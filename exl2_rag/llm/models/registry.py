@@ -9,6 +9,7 @@ import torch
 from exl2_rag.errors import CheckpointError, SettingsError
 from exl2_rag.llm.checkpoint import Checkpoint
 from exl2_rag.llm.config import ModelConfig
+from exl2_rag.llm.kernels import ops
 from exl2_rag.llm.layers.attention import Attention
 from exl2_rag.llm.layers.embedding import Embedding, load_embedding
 from exl2_rag.llm.layers.linear import DenseLinear, Linear, LinearSpec, load_linear, share_input_order
@@ -68,6 +69,7 @@ class _Loader:
         self._checkpoint = checkpoint
         self._device = device
         self._precision = precision
+        self._memory = ops.WeightMemory()
 
     def embedding(self) -> Embedding:
         return load_embedding(
@@ -89,6 +91,7 @@ class _Loader:
             device=self._device,
             gptq_format=self._config.gptq_format,
             precision=self._precision,
+            memory=self._memory,
         )
 
     def head(self, embedding: Embedding) -> Linear:

@@ -1,9 +1,6 @@
 // From a matrix as it is in the file to the planes of exl2_layout.h; once, at load. One task per tile.
 #include <stdint.h>
 #include <string.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "../exl2_layout.h"
 #include "chunk_codes.h"
@@ -60,19 +57,6 @@ void repack_any_chunk(int bits, const uint32_t* words, int64_t word_stride, uint
     }
 }
 
-// Ask for large pages under memory that has not been touched yet: reading weights once a step misses the TLB less (about a
-// tenth at one row). A wish only.
-void ask_for_large_pages(uint8_t* memory, int64_t n_bytes) {
-#if defined(__linux__)
-    constexpr uintptr_t kPage = 4096;
-    const uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
-    const uintptr_t last = (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(n_bytes)) / kPage * kPage;
-    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-    (void)memory, (void)n_bytes;
-#endif
-}
-
 bool repack_exl2_tile(const void* context, int64_t tile) {
     const Exl2Planes& args = *static_cast<const Exl2Planes*>(context);
     const uint32_t* words = args.words + tile * kTileColumns;
@@ -121,12 +105,10 @@ bool repack_gptq_tile(const void* context, int64_t tile) {
 }  // namespace
 
 int exl2_planes(const Exl2Planes& args) {
-    ask_for_large_pages(args.planes, args.packed_rows * args.out * 4);
     return run_tasks(args.out / kTileColumns, args.packed_rows * args.out * 8, repack_exl2_tile, &args) ? kOk : kNoMemory;
 }
 
 int gptq_planes(const GptqPlanes& args) {
-    ask_for_large_pages(args.planes, args.in * args.out / 2);
     return run_tasks(args.out / kTileColumns, args.in * args.out, repack_gptq_tile, &args) ? kOk : kNoMemory;
 }
 
