@@ -52,6 +52,8 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
         EngineError: a row has no token that may be drawn, or holds NaN; the message names the first such row.
     """
     logits = _masked(logits, draws)
+    if logits.device.type == "cpu" and all(draw.params.temperature == 0 for draw in draws):
+        return _greedy(logits.numpy())
     best = logits.amax(dim=-1)  # NaN if there is one
     for row in (~torch.isfinite(best)).nonzero().flatten().tolist():
         raise EngineError(_why_not(float(best[row]), row))
@@ -63,6 +65,16 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
         rows = torch.tensor(random_rows, device=logits.device)
         tokens[rows] = _draw(logits[rows], [draws[row] for row in random_rows])
     return [int(token) for token in tokens.tolist()]
+
+
+def _greedy(logits: NDArray[np.float32]) -> list[int]:
+    """The most likely token of each row, the lowest id among equals: numpy's argmax takes the first, and NaN above all."""
+    tokens = [int(row.argmax()) for row in logits]
+    for row, token in enumerate(tokens):
+        best = float(logits[row, token])
+        if not np.isfinite(best):
+            raise EngineError(_why_not(best, row))
+    return tokens
 
 
 def filter_logits(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:

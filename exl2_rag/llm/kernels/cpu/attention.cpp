@@ -71,7 +71,6 @@ void widen(const Element* from, int64_t dim, int64_t padded_dim, float* to) {
 
 // Where a tile's numbers are: all of one task.
 struct Tile {
-    float* rows;     // [64, padded_dim], keys as they are in their pages
     float* keys;     // [padded_dim, 64]
     float* values;   // [64, padded_dim]
     float* weights;  // [lines, 64]
@@ -97,11 +96,12 @@ void prefetch_keys(const PagedAttention& args, int64_t sequence, int64_t kv_head
     }
 }
 
-// [kLanes, kLanes] at `from` to its transpose at `to`; strides in floats.
-inline void transpose_block(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+// Element d of row i, for kLanes rows and kLanes numbers from d = 0 on, to to[d * to_stride + i]. A null row is zeros.
+template <typename Element>
+inline void transpose_block(const Element* const* rows, int64_t first, float* to, int64_t to_stride) {
 #if defined(__AVX512F__)
     __m512 row[16], pair[16];
-    for (int i = 0; i < 16; ++i) row[i] = load(from + i * from_stride);
+    for (int i = 0; i < 16; ++i) row[i] = rows[i] == nullptr ? _mm512_setzero_ps() : load_as_float(rows[i] + first);
     for (int i = 0; i < 16; i += 2) {
         pair[i] = _mm512_unpacklo_ps(row[i], row[i + 1]);
         pair[i + 1] = _mm512_unpackhi_ps(row[i], row[i + 1]);
@@ -122,8 +122,11 @@ inline void transpose_block(const float* from, int64_t from_stride, float* to, i
         store(to + (12 + j) * to_stride, _mm512_shuffle_f32x4(c, d, 0xdd));
     }
 #else
-    for (int i = 0; i < kLanes; ++i)
-        for (int j = 0; j < kLanes; ++j) to[j * to_stride + i] = from[i * from_stride + j];
+    for (int i = 0; i < kLanes; ++i) {
+        float row[kLanes] = {};
+        if (rows[i] != nullptr) store(row, load_as_float(rows[i] + first));
+        for (int j = 0; j < kLanes; ++j) to[j * to_stride + i] = row[j];
+    }
 #endif
 }
 
@@ -131,20 +134,24 @@ inline void transpose_block(const float* from, int64_t from_stride, float* to, i
 template <typename Element>
 void load_tile(const Job& job, int64_t sequence, int64_t kv_head, int64_t start, int64_t first, int64_t last, Tile tile) {
     const PagedAttention& args = job.args;
+    const Element* keys[kTileKeys];
     for (int64_t key = 0; key < kTileKeys; ++key) {
-        float* k = tile.rows + key * job.padded_dim;
         float* v = tile.values + key * job.padded_dim;
+        keys[key] = nullptr;
         if (start + key < first || start + key >= last) {
-            for (int64_t i = 0; i < job.padded_dim; ++i) k[i] = v[i] = 0.0f;
+            for (int64_t i = 0; i < job.padded_dim; ++i) v[i] = 0.0f;
             continue;
         }
         const int64_t offset = offset_of(args, sequence, kv_head, start + key);
-        widen(static_cast<const Element*>(args.k_pages) + offset, args.dim, job.padded_dim, k);
+        keys[key] = static_cast<const Element*>(args.k_pages) + offset;
         widen(static_cast<const Element*>(args.v_pages) + offset, args.dim, job.padded_dim, v);
     }
-    for (int64_t key = 0; key < kTileKeys; key += kLanes)
-        for (int64_t d = 0; d < job.padded_dim; d += kLanes)
-            transpose_block(tile.rows + key * job.padded_dim + d, job.padded_dim, tile.keys + d * kTileKeys + key, kTileKeys);
+    int64_t d = 0;
+    for (; d + kLanes <= args.dim; d += kLanes)
+        for (int64_t key = 0; key < kTileKeys; key += kLanes) transpose_block(keys + key, d, tile.keys + d * kTileKeys + key, kTileKeys);
+    for (; d < job.padded_dim; ++d)
+        for (int64_t key = 0; key < kTileKeys; ++key)
+            tile.keys[d * kTileKeys + key] = d < args.dim && keys[key] != nullptr ? to_float(keys[key][d]) : 0.0f;
 }
 
 // sums[line][0..kVecs vectors) += a[line][0..count) * b[count][kVecs vectors), for kLines lines; each first times fade[line].
@@ -240,12 +247,11 @@ bool attend_block(const void* context, int64_t task) {
     const int64_t n_lines = (block.last - block.first) * repeats;
     const int64_t line_floats = (n_lines * static_cast<int64_t>(sizeof(Line)) + 63) / 64 * 16;
     const int64_t tile_floats = kTileKeys * job.padded_dim;
-    float* memory = scratch(0, static_cast<size_t>(line_floats + 3 * tile_floats + kLinesTogether * kTileKeys +
+    float* memory = scratch(0, static_cast<size_t>(line_floats + 2 * tile_floats + kLinesTogether * kTileKeys +
                                                    2 * n_lines * job.padded_dim));
     if (memory == nullptr) return false;
     Line* lines = reinterpret_cast<Line*>(memory);
-    const Tile tile{memory + line_floats, memory + line_floats + tile_floats, memory + line_floats + 2 * tile_floats,
-                    memory + line_floats + 3 * tile_floats};
+    const Tile tile{memory + line_floats, memory + line_floats + tile_floats, memory + line_floats + 2 * tile_floats};
     float* queries = tile.weights + kLinesTogether * kTileKeys;
     float* outputs = queries + n_lines * job.padded_dim;
 
@@ -263,6 +269,7 @@ bool attend_block(const void* context, int64_t task) {
         first_key = line.first_key < first_key ? line.first_key : first_key;
         last_key = line.last_key > last_key ? line.last_key : last_key;
     }
+    prefetch_keys<Element>(args, block.sequence, kv_head, first_key, first_key + kTileKeys < last_key ? first_key + kTileKeys : last_key);
     for (int64_t start = first_key / kTileKeys * kTileKeys; start < last_key; start += kTileKeys) {
         const int64_t from = start > first_key ? start : first_key, next = start + kTileKeys;
         const int64_t to = next < last_key ? next : last_key;

@@ -29,10 +29,11 @@ inline void pause() {
 #endif
 }
 
-// Waits until `done` holds. Spins for about a hundred microseconds, then gives the processor away between looks.
+// Waits until `done` holds. Spins for a few microseconds, then gives the processor away between looks: the system may have
+// put the thread that is waited for on this very processor, and would leave it there as long as the other one is busy.
 template <typename Done>
 void spin_until(Done done) {
-    constexpr int kSpins = 4096;
+    constexpr int kSpins = 256;
     for (int i = 0; !done(); ++i) {
         if (i < kSpins) pause();
         else std::this_thread::yield();
@@ -91,9 +92,18 @@ public:
     }
 
 private:
+    // Takes runs of neighbouring tasks, long ones first: half of this thread's share of what is left. Neighbours mostly lie
+    // side by side in memory, and what was fetched ahead of one is then used for the next by the same processor; short runs
+    // at the end let the threads finish together.
     void take_tasks() {
-        for (int64_t index; (index = next_.fetch_add(1)) < count_;) {
-            if (!task_(context_, index)) failed_.store(true);
+        const int64_t shares = 2 * (static_cast<int64_t>(threads_.size()) + 1);
+        for (int64_t first = next_.load(); first < count_;) {
+            const int64_t wanted = (count_ - first) / shares, last = first + (wanted > 1 ? wanted : 1);
+            if (!next_.compare_exchange_weak(first, last)) continue;  // `first` is now what another thread left
+            for (int64_t index = first; index < last; ++index) {
+                if (!task_(context_, index)) failed_.store(true);
+            }
+            first = next_.load();
         }
     }
 
