@@ -3,7 +3,8 @@
     python benchmarks/run_all.py [NAME ...]
 
 Each benchmark prints one JSON object as its last line; it is kept in `benchmarks/results/NAME.json` with the commit,
-the processor and the command. A benchmark that fails is reported and the others go on.
+the processor and the command. A benchmark that fails is reported and the others go on. `llama_cpp` needs the peer's
+interpreter in LLAMA_CPP_PYTHON (see `peers/llama_cpp.py`); without it, it is left out, and that is said.
 """
 
 from __future__ import annotations
@@ -18,14 +19,20 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+PEER = "LLAMA_CPP_PYTHON"
+BENCH = ["-m", "exl2_rag.cli.main", "bench", "--shape", "llama-1.1b", "--device", "cpu", "--json"]
+# What Python is given for each, from the root of the repository.
 BENCHMARKS: dict[str, list[str]] = {
-    "import_time": [],
-    "kernels_cpu": [],
-    "page_size": [],
-    "prefix_reuse": [],
-    "retrieval": [],
-    "ingest": [],
-    "answers": ["--json"],
+    "import_time": ["benchmarks/import_time.py"],
+    "kernels_cpu": ["benchmarks/kernels_cpu.py"],
+    "bench_4.5bpw": [*BENCH, "--bpw", "4.5"],
+    "bench_2.5bpw": [*BENCH, "--bpw", "2.5"],
+    "llama_cpp": ["benchmarks/peers/llama_cpp.py", "--peer-python", f"${PEER}"],
+    "page_size": ["benchmarks/page_size.py"],
+    "prefix_reuse": ["benchmarks/prefix_reuse.py"],
+    "retrieval": ["benchmarks/retrieval.py"],
+    "ingest": ["benchmarks/ingest.py"],
+    "answers": ["benchmarks/answers.py", "--json"],
 }
 
 
@@ -41,9 +48,9 @@ def processor() -> str:
 
 def run(name: str, arguments: list[str]) -> bool:
     """Run one benchmark and write its result; False if it failed."""
-    command = [sys.executable, str(HERE / f"{name}.py"), *arguments]
+    command = [sys.executable, *(os.environ[PEER] if one == f"${PEER}" else one for one in arguments)]
     print(f"== {name}", flush=True)
-    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, cwd=HERE.parent)
     lines = done.stdout.strip().splitlines()
     if done.returncode != 0 or not lines:
         print(f"{name} failed with exit code {done.returncode}", file=sys.stderr)
@@ -51,7 +58,7 @@ def run(name: str, arguments: list[str]) -> bool:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], check=False, capture_output=True, text=True, cwd=HERE)
     record = {
         "benchmark": name,
-        "command": " ".join(["python", f"benchmarks/{name}.py", *arguments]),
+        "command": " ".join(["python", *arguments]),
         "commit": commit.stdout.strip(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "processor": processor(),
@@ -70,6 +77,9 @@ def main() -> int:
     if unknown := [name for name in names if name not in BENCHMARKS]:
         print(f"no benchmark is called {', '.join(unknown)}; there are: {', '.join(BENCHMARKS)}", file=sys.stderr)
         return 2
+    if PEER not in os.environ and "llama_cpp" in names:
+        print(f"llama_cpp is left out: {PEER} does not name the peer's interpreter", file=sys.stderr)
+        names = [name for name in names if name != "llama_cpp"]
     failed = [name for name in names if not run(name, BENCHMARKS[name])]
     return 1 if failed else 0
 

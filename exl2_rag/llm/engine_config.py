@@ -97,10 +97,13 @@ class EngineConfig:
         return min(self.max_seq_len, self.cache_tokens)
 
 
-def resolve(options: EngineOptions, shape: ModelShape, *, free_bytes: int | None = None) -> EngineConfig:
+def resolve(
+    options: EngineOptions, shape: ModelShape, *, native: bool = False, free_bytes: int | None = None
+) -> EngineConfig:
     """Check the options and fill in what was left open.
 
     Args:
+        native: the compiled kernels are there; "auto" is "fast" with them and "exact" without.
         free_bytes: memory to choose the cache's size by; None asks the system.
 
     Raises:
@@ -108,7 +111,7 @@ def resolve(options: EngineOptions, shape: ModelShape, *, free_bytes: int | None
     """
     device = _device(options.device)
     on_card = device.startswith("cuda")
-    precision = _precision(options.precision, on_card=on_card)
+    precision = _precision(options.precision, native=native or on_card)
     max_seq_len = shape.max_seq_len if options.max_seq_len is None else options.max_seq_len
     _require(
         2 <= max_seq_len <= shape.max_seq_len, "max_seq_len", f"from 2 to the model's {shape.max_seq_len}", max_seq_len
@@ -211,15 +214,11 @@ def _device(device: str) -> str:
     raise SettingsError(f"device must be 'auto', 'cpu', 'cuda' or such as 'cuda:1', got {device!r}")
 
 
-def _precision(precision: str, *, on_card: bool) -> str:
+def _precision(precision: str, *, native: bool) -> str:
     if precision == "auto":
-        return "fast" if on_card else "exact"
-    if precision == "exact" or (precision == "fast" and on_card):
+        return "fast" if native else "exact"
+    if precision in ("exact", "fast"):
         return precision
-    if precision == "fast":
-        raise SettingsError(
-            "precision='fast' is not available on the CPU in this version; use 'exact' or 'auto', or device='cuda'"
-        )
     raise SettingsError(f"precision must be 'auto', 'exact' or 'fast', got {precision!r}")
 
 

@@ -16,6 +16,7 @@ from exl2_rag.errors import DeviceMemoryError, ModelError
 from exl2_rag.llm.checkpoint import Checkpoint
 from exl2_rag.llm.config import ModelConfig
 from exl2_rag.llm.cuda_graphs import DecodeGraphs
+from exl2_rag.llm.decode_tapes import DecodeTapes
 from exl2_rag.llm.engine import Engine
 from exl2_rag.llm.engine_config import (
     QUANTISED_CACHE_BITS,
@@ -28,7 +29,7 @@ from exl2_rag.llm.engine_config import (
 from exl2_rag.llm.fingerprint import cache_fingerprint
 from exl2_rag.llm.kernels import cuda_runtime
 from exl2_rag.llm.kernels.cuda_backend import Backend
-from exl2_rag.llm.kernels.ops import set_num_threads
+from exl2_rag.llm.kernels.ops import native_available, set_num_threads
 from exl2_rag.llm.kv_cache import KVCache
 from exl2_rag.llm.model_runner import ModelRunner
 from exl2_rag.llm.models.cuda_decoder import load_cuda_model
@@ -161,8 +162,11 @@ def _runner(
     device = torch.device(engine_config.device)
     limit = engine_config.max_seq_len
     if backend is None:
-        model = load_model(model_dir, config, checkpoint, device=device, max_seq_len=limit)
-        return ModelRunner(model, make_cache(config, engine_config), device)
+        model = load_model(
+            model_dir, config, checkpoint, device=device, max_seq_len=limit, precision=engine_config.precision
+        )
+        cache = make_cache(config, engine_config)
+        return ModelRunner(model, cache, device, decode_tapes=DecodeTapes(model, cache, -(-limit // cache.page_size)))
     cuda_model = load_cuda_model(
         model_dir,
         config,
@@ -178,7 +182,7 @@ def _runner(
         device,
         max_pages=-(-engine_config.sequence_limit // engine_config.page_size),
     )
-    return ModelRunner(cuda_model, cache, device, graphs)
+    return ModelRunner(cuda_model, cache, device, decode_graphs=graphs)
 
 
 def make_cache(config: ModelConfig, engine_config: EngineConfig) -> KVCache:
@@ -214,7 +218,12 @@ def _engine_config(config: ModelConfig, checkpoint: Checkpoint, options: EngineO
         fp32_weights=checkpoint.has(norm) and checkpoint.tensor(norm).dtype == torch.float32,
         head_dim=config.head_dim,
     )
-    return resolve(options, shape, free_bytes=max(0, _free_bytes(options.device) - checkpoint.total_bytes()))
+    return resolve(
+        options,
+        shape,
+        native=native_available(),
+        free_bytes=max(0, _free_bytes(options.device) - checkpoint.total_bytes()),
+    )
 
 
 def _free_bytes(device: str) -> int:

@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class HostLengths:
+    """Lengths of a batch as plain numbers.
+
+    Attributes:
+        query_starts: B + 1 numbers.
+        context_lens: B numbers.
+    """
+
+    query_starts: tuple[int, ...]
+    context_lens: tuple[int, ...]
+
+    @property
+    def longest_slice(self) -> int:
+        """Most new tokens that a sequence has."""
+        return max((end - start for start, end in itertools.pairwise(self.query_starts)), default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +38,8 @@ class ForwardInputs:
         page_table: [B, MP] int32, the pages of each sequence in order; unused entries are -1.
         query_starts: [B + 1] int32; the new tokens of sequence b are rows query_starts[b] to query_starts[b + 1].
         context_lens: [B] int32, tokens of sequence b in the cache once this step's tokens are written.
-        logit_rows: [L] int64, the rows of which logits are wanted.
+        lengths: `query_starts` and `context_lens` once more, for who must not wait for a card to know them; or None.
+        logit_rows: [L] int64, the rows of which logits are wanted; None: of every row, in order.
     """
 
     token_ids: Tensor
@@ -28,7 +48,8 @@ class ForwardInputs:
     page_table: Tensor
     query_starts: Tensor
     context_lens: Tensor
-    logit_rows: Tensor
+    logit_rows: Tensor | None
+    lengths: HostLengths | None = None
 
     @staticmethod
     def single(token_ids: Tensor, *, start: int, pages: Tensor, page_size: int) -> ForwardInputs:
@@ -43,5 +64,5 @@ class ForwardInputs:
             page_table=pages.to(torch.int32)[None, :],
             query_starts=torch.tensor([0, count], dtype=torch.int32),
             context_lens=torch.tensor([start + count], dtype=torch.int32),
-            logit_rows=torch.arange(count, dtype=torch.int64),
+            logit_rows=None,
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from exl2_rag.llm.cuda_graphs import DecodeGraphs
+from exl2_rag.llm.decode_tapes import DecodeTapes
 from exl2_rag.llm.forward_inputs import ForwardInputs
 from exl2_rag.llm.kv_cache import KVCache
 from exl2_rag.llm.page_table import PageCopy
@@ -32,14 +33,24 @@ class ModelRunner:
         model: computes logits.
         cache: its keys and values.
         device: where the inputs go.
-        graphs: run decode steps, where they can.
+        decode_tapes, decode_graphs: run the steps in which every sequence decodes, where they take them; on the CPU and
+            on a card.
     """
 
-    def __init__(self, model: Model, cache: KVCache, device: torch.device, graphs: DecodeGraphs | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        cache: KVCache,
+        device: torch.device,
+        *,
+        decode_tapes: DecodeTapes | None = None,
+        decode_graphs: DecodeGraphs | None = None,
+    ) -> None:
         self.cache = cache
         self._model = model
         self._device = device
-        self._graphs = graphs
+        self._decode_tapes = decode_tapes
+        self._decode_graphs = decode_graphs
 
     def copy_rows(self, copies: Seq[PageCopy]) -> None:
         """Carry out the copies, in their order."""
@@ -52,14 +63,22 @@ class ModelRunner:
 
         Returns:
             For each slice [rows, V] float32: one row if its end is reached and a token is to follow, the rows an
-            evaluation asks for, or none. Those of a decode step are valid until the next call.
+            evaluation asks for, or none. Valid until the next call.
         """
         wanted = [wanted_rows(one) for one in slices]
-        arrays = self._arrays(slices, wanted)
-        logits = None if self._graphs is None else self._graphs.run(arrays)
-        if logits is None:
-            logits = self._model.forward(arrays.to(self._device), self.cache)
+        logits = self._logits(self._arrays(slices, wanted))
         return list(torch.split(logits, [len(rows) for rows in wanted]))
+
+    def _logits(self, arrays: StepArrays) -> Tensor:
+        if self._decode_graphs is not None:
+            logits = self._decode_graphs.run(arrays)
+            if logits is not None:
+                return logits
+        inputs = arrays.to(self._device)
+        tapes = self._decode_tapes
+        if tapes is not None and arrays.is_decode and tapes.takes(len(arrays.token_ids)):
+            return tapes.run(inputs)
+        return self._model.forward(inputs, self.cache)
 
     def build_inputs(self, slices: Seq[Slice], wanted: Seq[range]) -> ForwardInputs:
         """The ragged batch of the slices; `wanted` are the rows of each, counted from its start, that need logits."""
@@ -85,6 +104,7 @@ class ModelRunner:
             slots[rows] = pages[place // page_size] * page_size + place % page_size
             page_table[row, : len(pages)] = pages
         logit_rows = [starts[row] + offset for row, offsets in enumerate(wanted) for offset in offsets]
+        every_row = sum(len(offsets) for offsets in wanted) == starts[-1]
         return StepArrays(
             token_ids=token_ids,
             positions=positions,
@@ -92,7 +112,7 @@ class ModelRunner:
             page_table=page_table,
             query_starts=starts.astype(np.int32),
             context_lens=context_lens,
-            logit_rows=np.array(logit_rows, dtype=np.int64),
+            logit_rows=None if every_row else np.array(logit_rows, dtype=np.int64),
         )
 
 

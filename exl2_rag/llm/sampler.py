@@ -56,6 +56,8 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
     if logits.device.type == "cuda":
         return _sample_on_card(logits, draws)
     logits = _masked(logits, draws)
+    if logits.device.type == "cpu" and all(draw.params.temperature == 0 for draw in draws):
+        return _greedy(logits.numpy())
     best = logits.amax(dim=-1)  # NaN if there is one
     for row in (~torch.isfinite(best)).nonzero().flatten().tolist():
         raise EngineError(_why_not(float(best[row]), row))
@@ -88,6 +90,16 @@ def sample_with(backend: Backend, logits: Tensor, draws: Sequence[Draw]) -> list
     if min(tokens, default=0) < 0:
         row = next(row for row, token in enumerate(tokens) if token < 0)
         raise EngineError(_why_not(float(_masked(logits[row : row + 1], draws[row : row + 1]).amax()), row))
+    return tokens
+
+
+def _greedy(logits: NDArray[np.float32]) -> list[int]:
+    """The most likely token of each row, the lowest id among equals: numpy's argmax takes the first, and NaN above all."""
+    tokens = [int(row.argmax()) for row in logits]
+    for row, token in enumerate(tokens):
+        best = float(logits[row, token])
+        if not np.isfinite(best):
+            raise EngineError(_why_not(best, row))
     return tokens
 
 

@@ -9,6 +9,7 @@ row of 64-bit words, in this order; 32-bit numbers lie two to a word:
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from exl2_rag.llm.forward_inputs import ForwardInputs
+from exl2_rag.llm.forward_inputs import ForwardInputs, HostLengths
 
 PADDING_SLOT = -1
 """Where a padding row's key and value go: nowhere."""
@@ -32,13 +33,12 @@ class StepArrays:
     page_table: NDArray[np.int32]
     query_starts: NDArray[np.int32]
     context_lens: NDArray[np.int32]
-    logit_rows: NDArray[np.int64]
+    logit_rows: NDArray[np.int64] | None
 
     @property
     def is_decode(self) -> bool:
         """Whether every sequence has one new token whose logits are wanted."""
-        n_tokens = len(self.token_ids)
-        return len(self.context_lens) == n_tokens == len(self.logit_rows)
+        return len(self.context_lens) == len(self.token_ids) and self.logit_rows is None
 
     def padded(self, batch: int, n_pages: int) -> StepArrays:
         """A decode step with rows and page table columns added, up to `batch` and `n_pages`.
@@ -61,12 +61,13 @@ class StepArrays:
             page_table=page_table,
             query_starts=np.arange(batch + 1, dtype=np.int32),
             context_lens=np.concatenate([self.context_lens, np.ones(more, dtype=np.int32)]),
-            logit_rows=np.arange(batch, dtype=np.int64),
+            logit_rows=None,
         )
 
     def pack(self) -> NDArray[np.int64]:
         """All of it in one row of words."""
-        long = (self.token_ids, self.positions, self.slot_mapping, self.logit_rows)
+        rows = self.token_ids[:0] if self.logit_rows is None else self.logit_rows
+        long = (self.token_ids, self.positions, self.slot_mapping, rows)
         short = (self.page_table.reshape(-1), self.query_starts, self.context_lens)
         n_long, n_short = sum(map(len, long)), sum(map(len, short))
         words = np.zeros(n_long + -(-n_short // 2), dtype=np.int64)
@@ -76,7 +77,7 @@ class StepArrays:
 
     def unpack(self, words: Tensor) -> ForwardInputs:
         """Views of what `pack` made of arrays of these sizes, wherever it is now."""
-        n_tokens, n_rows = len(self.token_ids), len(self.logit_rows)
+        n_tokens, n_rows = len(self.token_ids), 0 if self.logit_rows is None else len(self.logit_rows)
         batch, n_pages = self.page_table.shape
         token_ids, positions, slots, logit_rows, rest = torch.split(
             words, [n_tokens, n_tokens, n_tokens, n_rows, len(words) - 3 * n_tokens - n_rows]
@@ -90,12 +91,16 @@ class StepArrays:
             page_table=page_table.view(batch, n_pages),
             query_starts=query_starts,
             context_lens=context_lens,
-            logit_rows=logit_rows,
+            logit_rows=None if self.logit_rows is None else logit_rows,
         )
 
     def to(self, device: torch.device) -> ForwardInputs:
         """On the device. On a card the copy is queued, not waited for."""
-        return self.unpack(host_tensor(self.pack(), device).to(device, non_blocking=True))
+        inputs = self.unpack(host_tensor(self.pack(), device).to(device, non_blocking=True))
+        if device.type != "cuda":
+            return inputs
+        lengths = HostLengths(tuple(self.query_starts.tolist()), tuple(self.context_lens.tolist()))
+        return dataclasses.replace(inputs, lengths=lengths)
 
 
 def host_tensor(array: NDArray[np.int64], device: torch.device) -> Tensor:

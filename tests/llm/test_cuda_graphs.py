@@ -58,12 +58,12 @@ def echo(inputs) -> torch.Tensor:
             inputs.page_table[:, 0].double(),
         ],
         dim=1,
-    )[inputs.logit_rows]
+    )
 
 
 def decode_step(batch: int, n_pages: int, seed: int):
     rng = np.random.default_rng(seed)
-    return arrays([(1, int(rng.integers(1, 99))) for _ in range(batch)], n_pages=n_pages, n_rows=batch)
+    return arrays([(1, int(rng.integers(1, 99))) for _ in range(batch)], n_pages=n_pages, n_rows=None)
 
 
 def test_replays_see_the_inputs_of_their_own_step():
@@ -130,7 +130,7 @@ def engine_of(model_dir: Path, cache_dtype: str, recorder: Replayer | None) -> E
     if recorder is not None:
         graphs = DecodeGraphs(lambda inputs: model.forward(inputs, cache), CPU, max_pages=32, recorder=recorder)
     tokenizer = Tokenizer.from_dir(model_dir)
-    runner = ModelRunner(model, cache, CPU, graphs)
+    runner = ModelRunner(model, cache, CPU, decode_graphs=graphs)
     return Engine(runner, settings, TokenizerText(tokenizer, config.vocab_size), vocab_size=config.vocab_size)
 
 

@@ -77,7 +77,6 @@ def test_the_cache_is_fp32_where_the_weights_are_or_where_it_costs_nothing(shape
     [
         ({"device": "tpu"}, "device must be 'auto', 'cpu', 'cuda' or such as 'cuda:1', got 'tpu'"),
         ({"device": "cuda:x"}, "device must be .* got 'cuda:x'"),
-        ({"precision": "fast"}, "precision='fast'.*not available on the CPU in this version"),
         ({"precision": "best"}, "precision must be"),
         ({"cache_dtype": "q8"}, "cache_dtype='q8'.*'fp16', 'bf16', 'fp32'"),
         ({"cache_dtype": "q6"}, "cache_dtype='q6'.*not available"),

@@ -10,11 +10,11 @@ import ctypes
 import torch
 from torch import Tensor
 
-from exl2_rag.errors import KernelError, ShapeError
-from exl2_rag.llm.kernels import reference
-from exl2_rag.llm.kernels.weights import TILE_COLUMNS
+from exl2_rag.errors import ShapeError
+from exl2_rag.llm.kernels import reference, status, tape
+from exl2_rag.llm.kernels.weight_memory import WeightMemory
+from exl2_rag.llm.kernels.weights import CHUNK_ROWS, TILE_COLUMNS
 
-_NO_MEMORY, _OUT_OF_RANGE = 1, 2
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _FIELD_TYPES = {"*": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float}
 
@@ -30,7 +30,19 @@ _Exl2Matmul = _structure(
     "*:x l:rows l:in l:out *:codes l:packed_rows *:scales *:group_scales *:groups l:n_groups *:perm *:y",
 )
 _GptqMatmul = _structure("GptqMatmul", "*:x l:rows l:in l:out *:codes *:scales *:zeros *:row_groups l:n_groups *:y")
-_DenseMatmul = _structure("DenseMatmul", "*:x l:rows l:in l:out *:weight i:dtype *:y")
+_Exl2Planes = _structure(
+    "Exl2Planes", "*:words l:packed_rows l:out *:groups l:n_groups *:scale_words *:planes *:scales"
+)
+_GptqPlanes = _structure("GptqPlanes", "*:words l:in l:out *:perm *:planes")
+_Digits = _structure("Digits", "*:x l:rows l:in *:perm *:digits *:scales *:sums")
+_PlaneMatmul = _structure(
+    "PlaneMatmul",
+    "*:digits *:x_scales *:sums l:rows l:in l:out *:planes l:packed_rows *:scales *:group_scales *:zeros *:groups "
+    "l:n_groups *:bias i:accumulate *:y",
+)
+_Embedding = _structure("Embedding", "*:table i:dtype l:n_ids l:columns *:ids l:rows *:y")
+_AddInto = _structure("AddInto", "*:x l:count *:y")
+_DenseMatmul = _structure("DenseMatmul", "*:x l:rows l:in l:out *:weight i:dtype *:bias i:accumulate *:y")
 _RmsNorm = _structure("RmsNorm", "*:x *:weight l:rows l:columns f:eps *:y")
 _SiluMul = _structure("SiluMul", "*:gate *:up l:count *:y")
 _RopeCacheWrite = _structure(
@@ -45,14 +57,23 @@ _PagedAttention = _structure(
 )
 
 
+def _at(tensor: Tensor) -> int:
+    """Where a tensor's numbers are. A tape that is being recorded keeps them there."""
+    recording = tape.current()
+    if recording is not None:
+        recording.hold(tensor)
+    return tensor.data_ptr()
+
+
+def _at_or_null(tensor: Tensor | None) -> int | None:
+    return None if tensor is None or tensor.numel() == 0 else _at(tensor)
+
+
 def _call(library: ctypes.CDLL, name: str, arguments: ctypes.Structure) -> None:
-    status = library[f"exl2_op_{name}"](ctypes.byref(arguments))
-    if status == _NO_MEMORY:
-        raise KernelError(f"{name}: not enough memory for its scratch space; free some or make the batch smaller")
-    if status == _OUT_OF_RANGE:
-        raise ShapeError(f"{name}: a position, slot, page or length points outside its tensor")
-    if status != 0:
-        raise KernelError(f"{name}: the native library returned the unknown status {status}")
+    recording = tape.current()
+    if recording is not None:
+        recording.append(name, arguments)
+    status.check(name, library[f"exl2_op_{name}"](ctypes.byref(arguments)))
 
 
 def exl2_matmul(
@@ -65,18 +86,18 @@ def exl2_matmul(
     y = torch.empty((rows, out_features), dtype=torch.float32)
     if rows:
         arguments = _Exl2Matmul(
-            x.data_ptr(),
+            _at(x),
             rows,
             x.shape[1],
             out_features,
-            codes.data_ptr(),
+            _at(codes),
             codes.shape[1],
-            scales.data_ptr(),
-            group_scales.data_ptr(),
-            groups.data_ptr(),
+            _at(scales),
+            _at(group_scales),
+            _at(groups),
             groups.shape[0],
-            perm.data_ptr() if perm.shape[0] else None,
-            y.data_ptr(),
+            _at_or_null(perm),
+            _at(y),
         )
         _call(library, "exl2_matmul", arguments)
     return y
@@ -91,32 +112,134 @@ def gptq_matmul(
     y = torch.empty((rows, out_features), dtype=torch.float32)
     if rows:
         arguments = _GptqMatmul(
-            x.data_ptr(),
+            _at(x),
             rows,
             x.shape[1],
             out_features,
-            codes.data_ptr(),
-            scales.data_ptr(),
-            zeros.data_ptr(),
-            row_groups.data_ptr(),
+            _at(codes),
+            _at(scales),
+            _at(zeros),
+            _at(row_groups),
             scales.shape[1],
-            y.data_ptr(),
+            _at(y),
         )
         _call(library, "gptq_matmul", arguments)
     return y
 
 
-def dense_matmul(library: ctypes.CDLL, x: Tensor, weight: Tensor) -> Tensor:
-    """See `ops.dense_matmul`."""
+def dense_matmul(
+    library: ctypes.CDLL, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, accumulate: bool
+) -> None:
+    """See `ops.dense_matmul`; writes y [T, N]."""
     x = x.contiguous()
     rows, (out_features, in_features) = x.shape[0], weight.shape
-    y = torch.empty((rows, out_features), dtype=torch.float32)
     if rows and out_features:
         arguments = _DenseMatmul(
-            x.data_ptr(), rows, in_features, out_features, weight.data_ptr(), _DTYPES[weight.dtype], y.data_ptr()
+            _at(x),
+            rows,
+            in_features,
+            out_features,
+            _at(weight),
+            _DTYPES[weight.dtype],
+            _at_or_null(bias),
+            int(accumulate),
+            _at(y),
         )
         _call(library, "dense_matmul", arguments)
+
+
+def exl2_planes(
+    library: ctypes.CDLL, q_weight: Tensor, q_scale: Tensor, groups: Tensor, memory: WeightMemory
+) -> tuple[Tensor, Tensor]:
+    """See `reference_planes.exl2_planes`; `groups` is [G, 2] int32."""
+    (packed_rows, out_features), n_groups = q_weight.shape, groups.shape[0]
+    q_weight, q_scale = q_weight.contiguous(), q_scale.contiguous()
+    planes = memory.empty((out_features // TILE_COLUMNS, packed_rows, 4 * TILE_COLUMNS))
+    scales = memory.empty((out_features // TILE_COLUMNS, n_groups, TILE_COLUMNS // 2))
+    arguments = _Exl2Planes(
+        _at(q_weight), packed_rows, out_features, _at(groups), n_groups, _at(q_scale), _at(planes), _at(scales)
+    )
+    _call(library, "exl2_planes", arguments)
+    return planes, scales
+
+
+def gptq_planes(library: ctypes.CDLL, qweight: Tensor, perm: Tensor, memory: WeightMemory) -> Tensor:
+    """See `reference_planes.gptq_planes`."""
+    packed_rows, out_features = qweight.shape
+    qweight = qweight.contiguous()
+    planes = memory.empty((out_features // TILE_COLUMNS, packed_rows, 4 * TILE_COLUMNS))
+    arguments = _GptqPlanes(_at(qweight), packed_rows * 8, out_features, _at_or_null(perm), _at(planes))
+    _call(library, "gptq_planes", arguments)
+    return planes
+
+
+def digits(library: ctypes.CDLL, x: Tensor, perm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See `ops.digits`."""
+    x = x.contiguous()
+    rows, in_features = x.shape
+    chunks = in_features // CHUNK_ROWS
+    numbers = torch.empty((rows, chunks, 2 * CHUNK_ROWS), dtype=torch.int8)
+    scales = torch.empty((rows, chunks), dtype=torch.float32)
+    sums = torch.empty((rows, chunks), dtype=torch.int32)
+    if rows:
+        arguments = _Digits(_at(x), rows, in_features, _at_or_null(perm), _at(numbers), _at(scales), _at(sums))
+        _call(library, "digits", arguments)
+    return numbers, scales, sums
+
+
+def plane_matmul(
+    library: ctypes.CDLL,
+    y: Tensor,
+    digits: Tensor,
+    x_scales: Tensor,
+    sums: Tensor,
+    planes: Tensor,
+    scales: Tensor,
+    group_scales: Tensor,
+    zeros: Tensor,
+    groups: Tensor,
+    bias: Tensor | None,
+    accumulate: bool,
+) -> None:
+    """See `ops.plane_matmul`; writes y [T, N]."""
+    rows, out_features = y.shape
+    if rows:
+        arguments = _PlaneMatmul(
+            _at(digits),
+            _at(x_scales),
+            _at(sums),
+            rows,
+            digits.shape[1] * CHUNK_ROWS,
+            out_features,
+            _at(planes),
+            planes.shape[1],
+            _at(scales),
+            _at_or_null(group_scales),
+            _at_or_null(zeros),
+            _at(groups),
+            groups.shape[0],
+            _at_or_null(bias),
+            int(accumulate),
+            _at(y),
+        )
+        _call(library, "plane_matmul", arguments)
+
+
+def embedding(library: ctypes.CDLL, table: Tensor, token_ids: Tensor) -> Tensor:
+    """See `ops.embedding`."""
+    token_ids = token_ids.contiguous()
+    y = torch.empty((token_ids.shape[0], table.shape[1]), dtype=torch.float32)
+    arguments = _Embedding(
+        _at(table), _DTYPES[table.dtype], table.shape[0], table.shape[1], _at(token_ids), token_ids.shape[0], _at(y)
+    )
+    _call(library, "embedding", arguments)
     return y
+
+
+def add_into(library: ctypes.CDLL, y: Tensor, x: Tensor) -> None:
+    """See `ops.add_into`."""
+    x = x.contiguous()
+    _call(library, "add_into", _AddInto(_at(x), x.numel(), _at(y)))
 
 
 def rms_norm(library: ctypes.CDLL, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -124,7 +247,7 @@ def rms_norm(library: ctypes.CDLL, x: Tensor, weight: Tensor, eps: float) -> Ten
     x, weight = x.contiguous(), weight.contiguous()
     y = torch.empty_like(x)
     if x.numel():
-        arguments = _RmsNorm(x.data_ptr(), weight.data_ptr(), x.shape[0], x.shape[1], eps, y.data_ptr())
+        arguments = _RmsNorm(_at(x), _at(weight), x.shape[0], x.shape[1], eps, _at(y))
         _call(library, "rms_norm", arguments)
     return y
 
@@ -134,7 +257,7 @@ def silu_mul(library: ctypes.CDLL, gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     y = torch.empty_like(gate)
     if gate.numel():
-        _call(library, "silu_mul", _SiluMul(gate.data_ptr(), up.data_ptr(), gate.numel(), y.data_ptr()))
+        _call(library, "silu_mul", _SiluMul(_at(gate), _at(up), gate.numel(), _at(y)))
     return y
 
 
@@ -158,13 +281,13 @@ def rope_cache_write(
     n_pages, page_size, kv_heads, _ = k_pages.shape
     if rows:
         arguments = _RopeCacheWrite(
-            q.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            positions.data_ptr(),
-            slot_mapping.data_ptr(),
+            _at(q),
+            _at(k),
+            _at(v),
+            _at(cos),
+            _at(sin),
+            _at(positions),
+            _at(slot_mapping),
             rows,
             heads,
             kv_heads,
@@ -172,10 +295,10 @@ def rope_cache_write(
             cos.shape[0],
             cos.shape[1],
             n_pages * page_size,
-            k_pages.data_ptr(),
-            v_pages.data_ptr(),
+            _at(k_pages),
+            _at(v_pages),
             _DTYPES[k_pages.dtype],
-            rotated.data_ptr(),
+            _at(rotated),
         )
         _call(library, "rope_cache_write", arguments)
     return rotated
@@ -199,13 +322,13 @@ def paged_attention(
     n_pages, page_size, kv_heads, _ = k_pages.shape
     y = torch.empty_like(q)
     arguments = _PagedAttention(
-        q.data_ptr(),
-        k_pages.data_ptr(),
-        v_pages.data_ptr(),
+        _at(q),
+        _at(k_pages),
+        _at(v_pages),
         _DTYPES[k_pages.dtype],
-        page_table.data_ptr(),
-        query_starts.data_ptr(),
-        context_lens.data_ptr(),
+        _at(page_table),
+        _at(query_starts),
+        _at(context_lens),
         rows,
         heads,
         kv_heads,
@@ -216,7 +339,7 @@ def paged_attention(
         page_table.shape[1],
         softmax_scale,
         sliding_window,
-        y.data_ptr(),
+        _at(y),
     )
     try:
         _call(library, "paged_attention", arguments)

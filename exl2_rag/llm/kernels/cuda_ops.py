@@ -14,9 +14,23 @@ from exl2_rag.errors import DeviceError
 from exl2_rag.llm.kernels import cuda_attention, cuda_dense, cuda_runtime, cuda_small_ops
 
 
-def dense_matmul(x: Tensor, weight: Tensor) -> Tensor:
+def dense_matmul(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, accumulate: bool) -> None:
     """See `ops.dense_matmul`."""
-    return cuda_dense.dense_matmul(cuda_runtime.backend(x.device), x, weight)
+    backend = cuda_runtime.backend(x.device)
+    if accumulate:
+        cuda_dense.dense_matmul(backend, x, weight, bias=bias, residual=y)
+    else:
+        y.copy_(cuda_dense.dense_matmul(backend, x, weight, bias=bias, out_dtype=y.dtype))
+
+
+def embedding(table: Tensor, token_ids: Tensor) -> Tensor:
+    """See `ops.embedding`. Ids are not checked: that would wait for the card."""
+    return cuda_small_ops.embedding(cuda_runtime.backend(table.device), table, token_ids)
+
+
+def add_into(y: Tensor, x: Tensor) -> None:
+    """See `ops.add_into`."""
+    y += x
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -81,7 +95,7 @@ def _refuse(name: str) -> Any:
 
 def register(library: Any) -> None:
     """Register everything for the dispatch key of CUDA tensors."""
-    for name in ("exl2_matmul", "gptq_matmul"):
+    for name in ("exl2_matmul", "gptq_matmul", "digits", "plane_matmul"):
         library.impl(name, _refuse(name), "CUDA")
-    for function in (dense_matmul, rms_norm, silu_mul, rope_cache_write, paged_attention):
+    for function in (dense_matmul, embedding, add_into, rms_norm, silu_mul, rope_cache_write, paged_attention):
         library.impl(function.__name__, function, "CUDA")

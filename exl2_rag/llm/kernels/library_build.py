@@ -22,16 +22,30 @@ from pathlib import Path
 SOURCE_DIR = Path(__file__).resolve().parent
 
 # Compiled once for each level of processor; the names inside are those of ops.h.
-_LEVEL_SOURCES = ("exl2_matmul", "gptq_matmul", "dense_matmul", "norm", "activation", "rotary", "attention")
+_LEVEL_SOURCES = (
+    "exl2_matmul",
+    "gptq_matmul",
+    "dense_matmul",
+    "planes",
+    "digits",
+    "plane_matmul",
+    "norm",
+    "activation",
+    "embedding",
+    "rotary",
+    "attention",
+)
 _COMMON_SOURCES = ("library", "thread_pool")
 
 # -ffp-contract=off: see simd.h. No -ffast-math anywhere: rounding to float16 and the order of sums rely on it.
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 _X86_LEVELS: dict[str, tuple[str, ...]] = {
     "baseline": (),
     "avx2": _AVX2,
-    "avx512": (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+    "avx512": _AVX512,
+    "avx512vnni": (*_AVX512, "-mavx512vnni"),
 }
 _COMPILERS = ("c++", "g++", "clang++")
 

@@ -7,7 +7,7 @@ compiler the reference kernels take over, with one warning in the log.
     EXL2_RAG_KERNELS      "native" or "reference" forces one of them; unset or "auto" takes native where it can be had
     EXL2_RAG_NUM_THREADS  threads of one op; by default the processors this process may use
     EXL2_RAG_CACHE        where compiled libraries go; by default ~/.cache/exl2-rag
-    EXL2_RAG_CPU_LEVEL    "baseline", "avx2" or "avx512": for tests, a lower level than the best
+    EXL2_RAG_CPU_LEVEL    "baseline", "avx2", "avx512" or "avx512vnni": for tests, a lower level than the best
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ import logging
 import os
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from exl2_rag.errors import KernelError, SettingsError
 from exl2_rag.llm.kernels import library_build
 from exl2_rag.llm.kernels.library_build import BuildError
 
-ABI_VERSION = 1
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ABI_VERSION = 2
 PACKAGED_LIBRARY = Path(__file__).resolve().parent / "libexl2_cpu.so"
 
 _logger = logging.getLogger(__name__)
@@ -67,7 +71,7 @@ def native_available() -> bool:
 
 
 def cpu_level() -> str:
-    """The level of processor that ops are compiled for: "baseline", "avx2", "avx512"; "reference" without library."""
+    """What ops are compiled for: "baseline", "avx2", "avx512" or "avx512vnni"; "reference" without library."""
     loaded = library()
     if loaded is None:
         return "reference"
@@ -83,6 +87,18 @@ def set_num_threads(count: int) -> None:
         _state.num_threads = count
         if _state.library is not None:
             _state.library.exl2_set_num_threads(count)
+
+
+def read_memory(memory: Tensor) -> None:
+    """Read all bytes of a contiguous CPU tensor once with all threads, to measure what memory gives a matmul.
+
+    Raises:
+        KernelError: there is no native library.
+    """
+    loaded = library()
+    if loaded is None:
+        raise KernelError("memory is read by the native library, and there is none; see the notice about kernels")
+    loaded.exl2_read_memory(memory.data_ptr(), memory.nbytes)
 
 
 def _decide() -> None:
@@ -183,6 +199,10 @@ def _open(path: Path) -> ctypes.CDLL:
     loaded.exl2_set_cpu_level.argtypes = [ctypes.c_char_p]
     loaded.exl2_set_num_threads.argtypes = [ctypes.c_int]
     loaded.exl2_set_num_threads.restype = None
+    loaded.exl2_op_index.argtypes = [ctypes.c_char_p]
+    loaded.exl2_run_tape.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+    loaded.exl2_read_memory.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    loaded.exl2_read_memory.restype = ctypes.c_uint64
     return loaded
 
 

@@ -17,23 +17,51 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from exl2_rag.errors import DeviceError, DTypeError, ShapeError
+from exl2_rag.errors import DTypeError, ShapeError
 from exl2_rag.llm.kernels import reference, registry
-from exl2_rag.llm.kernels.native import native_available, set_num_threads
-from exl2_rag.llm.kernels.weights import TILE_COLUMNS, Exl2Weights, GptqWeights
+from exl2_rag.llm.kernels.checks import (
+    FLOATS,
+    check_activations,
+    check_devices,
+    check_exl2_parts,
+    check_float,
+    check_gptq_parts,
+    product_target,
+)
+from exl2_rag.llm.kernels.native import native_available, read_memory, set_num_threads
+from exl2_rag.llm.kernels.plane_ops import (
+    add_into,
+    digits,
+    embedding,
+    exl2_prepare_planes,
+    gptq_prepare_planes,
+    plane_matmul,
+)
+from exl2_rag.llm.kernels.weight_memory import WeightMemory
+from exl2_rag.llm.kernels.weights import Digits, Exl2Weights, GptqWeights, PlaneWeights
 
 __all__ = [
     "TOLERANCES",
+    "Digits",
     "Exl2Weights",
     "GptqWeights",
+    "PlaneWeights",
     "Tolerance",
+    "WeightMemory",
+    "add_into",
     "dense_matmul",
+    "digits",
+    "embedding",
     "exl2_matmul",
     "exl2_prepare",
+    "exl2_prepare_planes",
     "gptq_matmul",
     "gptq_prepare",
+    "gptq_prepare_planes",
     "native_available",
     "paged_attention",
+    "plane_matmul",
+    "read_memory",
     "rms_norm",
     "rope_cache_write",
     "set_num_threads",
@@ -58,36 +86,15 @@ TOLERANCES: Final[dict[str, Tolerance]] = {
     "exl2_matmul_half": Tolerance(2e-4, 6e-4),
     "gptq_matmul_half": Tolerance(2e-4, 6e-4),
     "dense_matmul": Tolerance(2e-5, 2e-5),
+    "plane_matmul": Tolerance(2e-5, 2e-5),  # beside the same whole numbers; what `digits` rounds off is not counted
+    "digits": Tolerance(0, 0),
+    "embedding": Tolerance(0, 0),
+    "add_into": Tolerance(0, 0),
     "rms_norm": Tolerance(2e-6, 2e-6),
     "silu_mul": Tolerance(2e-6, 2e-6),
     "rope_cache_write": Tolerance(1e-6, 1e-6),
     "paged_attention": Tolerance(5e-6, 5e-6),
 }
-
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def _check_float(op: str, name: str, tensor: Tensor, dims: int) -> None:
-    if tensor.dtype != torch.float32:
-        raise DTypeError(f"{op}: {name} must be float32, it is {tensor.dtype}; convert it before the call")
-    if tensor.dim() != dims:
-        raise ShapeError(f"{op}: {name} must have {dims} dimensions, its shape is {list(tensor.shape)}")
-
-
-def _check_activations(op: str, name: str, tensor: Tensor, dims: int) -> None:
-    """float32, on CUDA float16 as well."""
-    if tensor.device.type != "cuda":
-        _check_float(op, name, tensor, dims)
-    elif tensor.dtype not in (torch.float32, torch.float16):
-        raise DTypeError(f"{op}: {name} must be float32 or float16, it is {tensor.dtype}; convert it before the call")
-    elif tensor.dim() != dims:
-        raise ShapeError(f"{op}: {name} must have {dims} dimensions, its shape is {list(tensor.shape)}")
-
-
-def _check_devices(op: str, first: Tensor, *others: Tensor) -> None:
-    for other in others:
-        if other.device != first.device:
-            raise DeviceError(f"{op}: all tensors must be on {first.device}, one is on {other.device}")
 
 
 def exl2_prepare(
@@ -112,26 +119,7 @@ def exl2_prepare(
     Raises:
         DTypeError, ShapeError: the tensors are not one EXL2 matrix.
     """
-    wanted = {
-        "q_weight": (q_weight, torch.int32, 2),
-        "q_groups": (q_groups, torch.int16, 1),
-        "q_scale": (q_scale, torch.int32, 2),
-        "q_scale_max": (q_scale_max, torch.float16, 1),
-        "q_invperm": (q_invperm, torch.int32, 1),
-    }
-    for name, (tensor, dtype, dims) in wanted.items():
-        if tensor.dtype != dtype or tensor.dim() != dims:
-            found = f"{tensor.dtype} of shape {list(tensor.shape)}"
-            raise (DTypeError if tensor.dtype != dtype else ShapeError)(
-                f"exl2_prepare: {name} must be {dtype} with {dims} dimension(s), it is {found}"
-            )
-    if q_weight.shape[1] % TILE_COLUMNS:
-        raise ShapeError(f"exl2_prepare: q_weight must have a multiple of 32 columns, it has {q_weight.shape[1]}")
-    if q_scale_max.shape[0] * 2 != q_groups.shape[0]:
-        raise ShapeError(
-            f"exl2_prepare: q_groups describes {q_groups.shape[0] // 2} groups, q_scale_max {q_scale_max.shape[0]}"
-        )
-    _check_devices("exl2_prepare", q_weight, q_groups, q_scale, q_scale_max, q_invperm)
+    check_exl2_parts("exl2_prepare", q_weight, q_groups, q_scale, q_scale_max, q_invperm)
     return reference.exl2_prepare(q_weight, q_groups, q_scale, q_scale_max, q_invperm, prescale=prescale)
 
 
@@ -148,10 +136,10 @@ def exl2_matmul(x: Tensor, weights: Exl2Weights) -> Tensor:
     Raises:
         ShapeError, DTypeError, DeviceError: `x` does not fit `weights`.
     """
-    _check_float("exl2_matmul", "x", x, 2)
+    check_float("exl2_matmul", "x", x, 2)
     if x.shape[1] != weights.in_features:
         raise ShapeError(f"exl2_matmul: x must be [T, {weights.in_features}], it is {list(x.shape)}")
-    _check_devices("exl2_matmul", x, weights.codes)
+    check_devices("exl2_matmul", x, weights.codes)
     result: Tensor = registry.exl2_matmul(
         x, weights.codes, weights.scales, weights.group_scales, weights.groups, weights.perm
     )
@@ -180,27 +168,7 @@ def gptq_prepare(
     Raises:
         DTypeError, ShapeError: the tensors are not one GPTQ matrix.
     """
-    for name, tensor in (("qweight", qweight), ("qzeros", qzeros)):
-        if tensor.dtype != torch.int32:
-            raise DTypeError(f"gptq_prepare: {name} must be int32, it is {tensor.dtype}")
-    if scales.dtype not in _FLOATS:
-        raise DTypeError(f"gptq_prepare: scales must be floating point, they are {scales.dtype}")
-    if qweight.dim() != 2 or scales.dim() != 2 or qweight.shape[1] % TILE_COLUMNS:
-        raise ShapeError(
-            f"gptq_prepare: qweight must be [K/8, N] with N a multiple of 32, it is {list(qweight.shape)}; "
-            f"scales must be [G, N], they are {list(scales.shape)}"
-        )
-    n_groups, out_features = scales.shape
-    if out_features != qweight.shape[1] or qzeros.shape != (n_groups, out_features // 8):
-        raise ShapeError(
-            f"gptq_prepare: qweight {list(qweight.shape)}, qzeros {list(qzeros.shape)} and "
-            f"scales {list(scales.shape)} do not describe one matrix"
-        )
-    if g_idx is not None and (
-        g_idx.shape != (qweight.shape[0] * 8,) or not 0 <= int(g_idx.min()) <= int(g_idx.max()) < n_groups
-    ):
-        raise ShapeError(f"gptq_prepare: g_idx must be [{qweight.shape[0] * 8}] with values 0 to {n_groups - 1}")
-    _check_devices("gptq_prepare", qweight, qzeros, scales)
+    check_gptq_parts("gptq_prepare", qweight, qzeros, scales, g_idx)
     return reference.gptq_prepare(qweight, qzeros, scales, g_idx, prescale=prescale, zero_offset=zero_offset)
 
 
@@ -217,38 +185,41 @@ def gptq_matmul(x: Tensor, weights: GptqWeights) -> Tensor:
     Raises:
         ShapeError, DTypeError, DeviceError: `x` does not fit `weights`.
     """
-    _check_float("gptq_matmul", "x", x, 2)
+    check_float("gptq_matmul", "x", x, 2)
     if x.shape[1] != weights.in_features:
         raise ShapeError(f"gptq_matmul: x must be [T, {weights.in_features}], it is {list(x.shape)}")
-    _check_devices("gptq_matmul", x, weights.codes)
+    check_devices("gptq_matmul", x, weights.codes)
     result: Tensor = registry.gptq_matmul(x, weights.codes, weights.scales, weights.zeros, weights.row_groups)
     return result
 
 
-def dense_matmul(x: Tensor, weight: Tensor) -> Tensor:
+def dense_matmul(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, add_to: Tensor | None = None) -> Tensor:
     """x times the transpose of a plain matrix.
 
     Args:
         x: [T, K] float32.
         weight: [N, K] float32, float16 or bfloat16, contiguous; used as it is stored, never widened as a whole.
+        bias: [N] float32, added to each row.
+        add_to: [T, N] float32, contiguous: the result is added to it in place, and it is returned.
 
     Returns:
         [T, N] float32, summed in float32.
 
     Raises:
-        ShapeError, DTypeError, DeviceError: the two do not fit.
+        ShapeError, DTypeError, DeviceError: the tensors do not fit.
     """
-    _check_activations("dense_matmul", "x", x, 2)
-    if weight.dtype not in _FLOATS:
+    check_activations("dense_matmul", "x", x, 2)
+    if weight.dtype not in FLOATS:
         raise DTypeError(f"dense_matmul: weight must be float32, float16 or bfloat16, it is {weight.dtype}")
     if weight.dim() != 2 or weight.shape[1] != x.shape[1] or not weight.is_contiguous():
         raise ShapeError(
             f"dense_matmul: weight must be [N, {x.shape[1]}] and contiguous; its shape is {list(weight.shape)}, "
             f"its strides {list(weight.stride())}"
         )
-    _check_devices("dense_matmul", x, weight)
-    result: Tensor = registry.dense_matmul(x, weight)
-    return result
+    check_devices("dense_matmul", x, weight)
+    y = product_target("dense_matmul", x, weight.shape[0], bias, add_to)
+    registry.dense_matmul(y, x, weight, bias, add_to is not None)
+    return y
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -265,11 +236,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Raises:
         ShapeError, DTypeError, DeviceError: the two do not fit.
     """
-    _check_activations("rms_norm", "x", x, 2)
-    _check_float("rms_norm", "weight", weight, 1)
+    check_activations("rms_norm", "x", x, 2)
+    check_float("rms_norm", "weight", weight, 1)
     if weight.shape[0] != x.shape[1]:
         raise ShapeError(f"rms_norm: weight must be [{x.shape[1]}], it is {list(weight.shape)}")
-    _check_devices("rms_norm", x, weight)
+    check_devices("rms_norm", x, weight)
     result: Tensor = registry.rms_norm(x, weight, eps)
     return result
 
@@ -286,17 +257,17 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     Raises:
         ShapeError, DTypeError, DeviceError: the two do not fit.
     """
-    _check_activations("silu_mul", "gate", gate, 2)
-    _check_activations("silu_mul", "up", up, 2)
+    check_activations("silu_mul", "gate", gate, 2)
+    check_activations("silu_mul", "up", up, 2)
     if gate.shape != up.shape:
         raise ShapeError(f"silu_mul: gate is {list(gate.shape)}, up is {list(up.shape)}; they must be alike")
-    _check_devices("silu_mul", gate, up)
+    check_devices("silu_mul", gate, up)
     result: Tensor = registry.silu_mul(gate, up)
     return result
 
 
 def _check_pages(op: str, k_pages: Tensor, v_pages: Tensor) -> None:
-    if k_pages.dtype not in _FLOATS or v_pages.dtype != k_pages.dtype:
+    if k_pages.dtype not in FLOATS or v_pages.dtype != k_pages.dtype:
         raise DTypeError(
             f"{op}: pages must be float32, float16 or bfloat16 and alike, they are {k_pages.dtype} and {v_pages.dtype}"
         )
@@ -337,11 +308,11 @@ def rope_cache_write(
     """
     op = "rope_cache_write"
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        _check_activations(op, name, tensor, 3)
+        check_activations(op, name, tensor, 3)
         if tensor.dtype != q.dtype:
             raise DTypeError(f"{op}: q, k and v must be of one dtype, {name} is {tensor.dtype} and q is {q.dtype}")
     for name, tensor in (("cos", cos), ("sin", sin)):
-        _check_float(op, name, tensor, 2)
+        check_float(op, name, tensor, 2)
     for name, tensor in (("positions", positions), ("slot_mapping", slot_mapping)):
         if tensor.dtype != torch.int64:
             raise DTypeError(f"{op}: {name} must be int64, it is {tensor.dtype}")
@@ -359,7 +330,7 @@ def rope_cache_write(
             f"{op}: cos and sin must be [S, R/2] with R at most {q.shape[2]}, "
             f"they are {list(cos.shape)} and {list(sin.shape)}"
         )
-    _check_devices(op, q, k, v, cos, sin, positions, slot_mapping, k_pages, v_pages)
+    check_devices(op, q, k, v, cos, sin, positions, slot_mapping, k_pages, v_pages)
     result: Tensor = registry.rope_cache_write(q, k, v, cos, sin, positions, slot_mapping, k_pages, v_pages)
     return result
 
@@ -393,7 +364,7 @@ def paged_attention(
         ShapeError, DTypeError, DeviceError: a tensor does not fit, or a page or length is out of range.
     """
     op = "paged_attention"
-    _check_activations(op, "q", q, 3)
+    check_activations(op, "q", q, 3)
     _check_pages(op, k_pages, v_pages)
     if q.shape[2] != k_pages.shape[3] or q.shape[1] % k_pages.shape[2]:
         raise ShapeError(
@@ -411,7 +382,7 @@ def paged_attention(
         )
     if sliding_window < 0:
         raise ShapeError(f"{op}: sliding_window must be 0 (off) or positive, it is {sliding_window}")
-    _check_devices(op, q, k_pages, v_pages, page_table, query_starts, context_lens)
+    check_devices(op, q, k_pages, v_pages, page_table, query_starts, context_lens)
     result: Tensor = registry.paged_attention(
         q, k_pages, v_pages, page_table, query_starts, context_lens, softmax_scale, sliding_window
     )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from exl2_rag.errors import ShapeError
+from exl2_rag.llm.kernels import checks
 from exl2_rag.llm.kernels import codes as bit_codes
 from exl2_rag.llm.kernels.weights import TILE_COLUMNS, Exl2Weights, GptqWeights, Group, parse_groups
 
@@ -44,23 +45,24 @@ def exl2_prepare(
     except ValueError as error:
         raise ShapeError(f"exl2_prepare: {error}; the tensors are not one EXL2 matrix") from error
     in_features = sum(group.rows for group in groups)
-    if q_invperm.shape != (in_features,) or q_scale.shape != (len(groups), out_features // 8):
-        raise ShapeError(
-            f"exl2_prepare: q_groups describes {in_features} rows in {len(groups)} groups and q_weight has "
-            f"{out_features} columns, but q_invperm is {list(q_invperm.shape)} and q_scale {list(q_scale.shape)}"
-        )
-    perm = torch.argsort(q_invperm.to(torch.int64) & 0xFFFF).to(torch.int32)
-    if torch.equal(perm, torch.arange(in_features, dtype=torch.int32, device=perm.device)):
-        perm = perm[:0].clone()
+    checks.check_exl2_rows("exl2_prepare", in_features, len(groups), q_weight, q_scale, q_invperm)
     return Exl2Weights(
         codes=_tiles(q_weight, TILE_COLUMNS),
         scales=_tiles(q_scale, TILE_COLUMNS // 8),
         group_scales=exl2_group_scales(q_scale_max, prescale),
         groups=torch.tensor([[g.bits, g.rows] for g in groups], dtype=torch.int32, device=q_weight.device),
-        perm=perm,
+        perm=exl2_perm(q_invperm),
         in_features=in_features,
         out_features=out_features,
     )
+
+
+def exl2_perm(q_invperm: Tensor) -> Tensor:
+    """[K] int32: the input feature of each stored row; empty if that is the row itself."""
+    perm = torch.argsort(q_invperm.to(torch.int64) & 0xFFFF).to(torch.int32)
+    if torch.equal(perm, torch.arange(perm.shape[0], dtype=torch.int32, device=perm.device)):
+        return perm[:0].clone()
+    return perm
 
 
 def exl2_group_scales(q_scale_max: Tensor, prescale: float) -> Tensor:
@@ -108,18 +110,24 @@ def gptq_prepare(
 ) -> GptqWeights:
     """Repack a 4-bit GPTQ matrix from its form in the file to its form in memory."""
     in_features, out_features = qweight.shape[0] * 8, qweight.shape[1]
-    half_scales = scales.to(torch.float16)
-    if prescale != 1.0:
-        half_scales = (half_scales.to(torch.float32) * prescale).to(torch.float16)
-    zeros = (bit_codes.unpack_nibbles(qzeros) + zero_offset).to(torch.uint8)
+    tiled_scales, tiled_zeros = gptq_tables(qzeros, scales, prescale=prescale, zero_offset=zero_offset)
     return GptqWeights(
         codes=_tiles(qweight, TILE_COLUMNS),
-        scales=_tiles(half_scales, TILE_COLUMNS),
-        zeros=_tiles(zeros, TILE_COLUMNS),
+        scales=tiled_scales,
+        zeros=tiled_zeros,
         row_groups=gptq_row_groups(g_idx, in_features, scales.shape[0]).to(qweight.device),
         in_features=in_features,
         out_features=out_features,
     )
+
+
+def gptq_tables(qzeros: Tensor, scales: Tensor, *, prescale: float, zero_offset: int) -> tuple[Tensor, Tensor]:
+    """Scales [N/32, G, 32] float16 and zero points [N/32, G, 32] uint8."""
+    half_scales = scales.to(torch.float16)
+    if prescale != 1.0:
+        half_scales = (half_scales.to(torch.float32) * prescale).to(torch.float16)
+    zeros = (bit_codes.unpack_nibbles(qzeros) + zero_offset).to(torch.uint8)
+    return _tiles(half_scales, TILE_COLUMNS), _tiles(zeros, TILE_COLUMNS)
 
 
 def gptq_row_groups(g_idx: Tensor | None, in_features: int, n_groups: int) -> Tensor:
@@ -151,11 +159,23 @@ def gptq_matmul(x: Tensor, weights: GptqWeights) -> Tensor:
     return torch.cat(parts, dim=1).to(torch.float32)
 
 
-def dense_matmul(x: Tensor, weight: Tensor) -> Tensor:
+def dense_matmul(x: Tensor, weight: Tensor, *, bias: Tensor | None = None) -> Tensor:
     """x [T, K] times weight [N, K] transposed."""
     step = max(1, _MAX_DECODED // max(1, weight.shape[1]))
     parts = [x.double() @ weight[first : first + step].double().T for first in range(0, max(1, weight.shape[0]), step)]
-    return torch.cat(parts, dim=1).to(torch.float32)
+    product = torch.cat(parts, dim=1)
+    return (product if bias is None else product + bias.double()).to(torch.float32)
+
+
+def embedding(table: Tensor, token_ids: Tensor) -> Tensor:
+    """The rows of `table` [V, C] that `token_ids` [T] name, in float32."""
+    _check_range("embedding", "token_ids", token_ids, table.shape[0])
+    return table.index_select(0, token_ids).to(torch.float32)
+
+
+def add_into(y: Tensor, x: Tensor) -> None:
+    """y += x."""
+    y += x
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -112,3 +112,51 @@ class GptqWeights:
     def nbytes(self) -> int:
         """Bytes held in memory."""
         return sum(part.nbytes for part in (self.codes, self.scales, self.zeros, self.row_groups))
+
+
+@dataclass(frozen=True, slots=True)
+class PlaneWeights:
+    """A K x N matrix for products of whole numbers (the precision "fast"), N a multiple of 32.
+
+    The layout is drawn in `exl2_layout.h`. Made by `ops.exl2_prepare_planes` and `ops.gptq_prepare_planes`.
+
+    Attributes:
+        planes: [N/32, R, 128] uint8, the codes: as many bytes as in the file.
+        scales: EXL2: [N/32, G, 16] uint8, a nibble (scale - 1) per group and column. GPTQ: [N/32, G, 32] float16.
+        group_scales: EXL2: [G] float16, as in `Exl2Weights`. GPTQ: empty.
+        zeros: GPTQ: [N/32, G, 32] uint8, the zero points. EXL2: empty.
+        groups: [G, 2] int32, (bits, rows) of each group.
+        perm: [K] int32, the input feature that each stored row belongs to; empty if that is the row itself.
+    """
+
+    planes: Tensor
+    scales: Tensor
+    group_scales: Tensor
+    zeros: Tensor
+    groups: Tensor
+    perm: Tensor
+    in_features: int
+    out_features: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in memory."""
+        parts = (self.planes, self.scales, self.group_scales, self.zeros, self.groups, self.perm)
+        return sum(part.nbytes for part in parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Digits:
+    """Activations as whole numbers of 15 bits, 32 stored rows to a scale. Made by `ops.digits`.
+
+    x[t, 32 * c + i] is about scales[t, c] * (128 * digits[t, c, i] + digits[t, c, 32 + i]).
+
+    Attributes:
+        digits: [T, K/32, 64] int8, 32 high digits and then 32 low ones.
+        scales: [T, K/32] float32.
+        sums: [T, K/32] int32, the sum of a chunk's whole numbers.
+    """
+
+    digits: Tensor
+    scales: Tensor
+    sums: Tensor

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from exl2_rag.llm.forward_inputs import ForwardInputs
 from exl2_rag.llm.kernels import ops
+from exl2_rag.llm.layers.activations import Activations
 from exl2_rag.llm.layers.linear import Linear
 from exl2_rag.llm.layers.rotary import Rotary
 
@@ -29,7 +30,16 @@ class Attention:
         """Bytes of memory held."""
         return sum(part.weight_bytes for part in (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
 
-    def __call__(self, x: Tensor, inputs: ForwardInputs, rotary: Rotary, k_pages: Tensor, v_pages: Tensor) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        inputs: ForwardInputs,
+        rotary: Rotary,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        *,
+        add_to: Tensor,
+    ) -> None:
         """Write the new tokens' keys and values into the pages, then attend to everything up to each token.
 
         Args:
@@ -37,14 +47,13 @@ class Attention:
             inputs: where the tokens stand, and which pages their sequences have.
             rotary: at least as many positions as any in `inputs`.
             k_pages, v_pages: [P, PS, KH, D] of this layer; written to.
-
-        Returns:
-            [T, hidden_size] float32.
+            add_to: [T, hidden_size] float32; the result is added to it.
         """
+        normed = Activations(x)
         queries = ops.rope_cache_write(
-            self._heads(self.q_proj(x)),
-            self._heads(self.k_proj(x)),
-            self._heads(self.v_proj(x)),
+            self._heads(self.q_proj(normed)),
+            self._heads(self.k_proj(normed)),
+            self._heads(self.v_proj(normed)),
             rotary.cos,
             rotary.sin,
             inputs.positions,
@@ -62,7 +71,7 @@ class Attention:
             softmax_scale=self.softmax_scale,
             sliding_window=self.sliding_window,
         )
-        return self.o_proj(mixed.flatten(1))
+        self.o_proj(Activations(mixed.flatten(1)), add_to=add_to)
 
     def _heads(self, x: Tensor) -> Tensor:
         """[T, n * D] as [T, n, D], without a copy."""

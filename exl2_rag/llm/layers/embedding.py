@@ -7,6 +7,7 @@ from torch import Tensor
 
 from exl2_rag.errors import CheckpointError
 from exl2_rag.llm.checkpoint import Checkpoint
+from exl2_rag.llm.kernels import ops
 from exl2_rag.llm.layers.linear import check_shape
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -25,7 +26,7 @@ class Embedding:
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """[T] int64 to [T, hidden_size] float32."""
-        return self.weight.index_select(0, token_ids).to(torch.float32)
+        return ops.embedding(self.weight, token_ids)
 
 
 def load_embedding(
@@ -41,4 +42,4 @@ def load_embedding(
     weight = checkpoint.tensor(name)
     if weight.dtype not in _FLOATS:
         raise CheckpointError(f"tensor '{name}' must be float32, float16 or bfloat16, it is {weight.dtype}")
-    return Embedding(weight.to(device))
+    return Embedding(weight.to(device).contiguous())

@@ -6,8 +6,8 @@ model's config; a quantised matrix may be up to 31 columns wider, and those colu
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -17,6 +17,7 @@ from exl2_rag.errors import CheckpointError
 from exl2_rag.llm.checkpoint import Checkpoint
 from exl2_rag.llm.checkpoint.gptq_format import zero_offset
 from exl2_rag.llm.kernels import ops
+from exl2_rag.llm.layers.activations import Activations
 
 PAD_COLUMNS = 32
 """Quantised matrices are padded to a multiple of this many columns."""
@@ -42,8 +43,33 @@ class Linear(Protocol):
     def weight_bytes(self) -> int:
         """Bytes of memory held."""
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Activations, *, add_to: Tensor | None = None) -> Tensor:
+        """[T, in_features] float32 to [T, out_features] float32.
+
+        With `add_to` [T, out_features] the result is added to it in place, and it is returned.
+        """
+
+
+class PlaneLinear:
+    """An EXL2 or GPTQ matrix for products of whole numbers (precision "fast"), kept packed.
+
+    `bias` is [out_features] float32 or None.
+    """
+
+    def __init__(self, weights: ops.PlaneWeights, bias: Tensor | None, out_features: int) -> None:
+        self.weights = weights
+        self.bias = bias
+        self.out_features = out_features
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of memory held."""
+        return self.weights.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def __call__(self, x: Activations, *, add_to: Tensor | None = None) -> Tensor:
         """[T, in_features] float32 to [T, out_features] float32."""
+        digits = x.digits(self.weights.perm)
+        return ops.plane_matmul(digits, self.weights, width=self.out_features, bias=self.bias, add_to=add_to)
 
 
 class QuantisedLinear:
@@ -69,10 +95,12 @@ class QuantisedLinear:
         """Bytes of memory held."""
         return self.weights.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Activations, *, add_to: Tensor | None = None) -> Tensor:
         """[T, in_features] float32 to [T, out_features] float32."""
-        result = self._matmul(x)[:, : self.out_features]
-        return result if self.bias is None else result + self.bias
+        result = self._matmul(x.x)[:, : self.out_features]
+        if self.bias is not None:
+            result = result + self.bias
+        return result if add_to is None else add_to.add_(result)
 
 
 class DenseLinear:
@@ -87,10 +115,22 @@ class DenseLinear:
         """Bytes of memory held."""
         return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Activations, *, add_to: Tensor | None = None) -> Tensor:
         """[T, in_features] float32 to [T, out_features] float32."""
-        result = ops.dense_matmul(x, self.weight)
-        return result if self.bias is None else result + self.bias
+        return ops.dense_matmul(x.x, self.weight, bias=self.bias, add_to=add_to)
+
+
+def share_input_order(layers: Iterable[Linear]) -> None:
+    """Let layers that read the same input in the same order know it, so that `Activations` serves them together."""
+    seen: list[Tensor] = []
+    for layer in layers:
+        if isinstance(layer, PlaneLinear):
+            perm = layer.weights.perm
+            same = next((other for other in seen if torch.equal(other, perm)), None)
+            if same is None:
+                seen.append(perm)
+            else:
+                layer.weights = replace(layer.weights, perm=same)
 
 
 def check_linear(checkpoint: Checkpoint, spec: LinearSpec) -> list[str]:
@@ -155,7 +195,13 @@ def check_shape(checkpoint: Checkpoint, name: str, wanted: tuple[int | None, ...
 
 
 def load_linear(
-    checkpoint: Checkpoint, spec: LinearSpec, *, device: torch.device, gptq_format: str | None = None
+    checkpoint: Checkpoint,
+    spec: LinearSpec,
+    *,
+    device: torch.device,
+    gptq_format: str | None = None,
+    precision: str = "exact",
+    memory: ops.WeightMemory | None = None,
 ) -> Linear:
     """Read one layer and make it ready to multiply.
 
@@ -164,6 +210,9 @@ def load_linear(
         spec: its key and size.
         device: where it will run.
         gptq_format: `checkpoint_format` of the model's `quantization_config`; matters for GPTQ only.
+        precision: "fast" multiplies quantised matrices as whole numbers; "exact" in float32. A GPTQ matrix whose groups
+            are no multiples of 32 rows is multiplied in float32 in either case.
+        memory: for the codes of "fast" matrices, shared by the layers of a model.
 
     Raises:
         CheckpointError: see `check_linear`, and anything else wrong with the tensors' contents.
@@ -172,13 +221,19 @@ def load_linear(
     kind = checkpoint.kind(spec.key)
     parts = {name: tensor.to(device) for name, tensor in checkpoint.linear(spec.key).items()}
     bias = parts["bias"][: spec.out_features].to(torch.float32) if spec.bias else None
+    if kind == "exl2" and precision == "fast":
+        exl2_planes = ops.exl2_prepare_planes(*(parts[name] for name in EXL2_PARTS), memory=memory)
+        return PlaneLinear(exl2_planes, bias, spec.out_features)
     if kind == "exl2":
         exl2 = ops.exl2_prepare(*(parts[name] for name in EXL2_PARTS))
         return QuantisedLinear(exl2, bias, spec.out_features, lambda x: ops.exl2_matmul(x, exl2))
     if kind == "gptq":
         offset = zero_offset(gptq_format)
-        gptq = ops.gptq_prepare(
-            parts["qweight"], parts["qzeros"], parts["scales"], parts.get("g_idx"), zero_offset=offset
-        )
+        gptq_parts = (parts["qweight"], parts["qzeros"], parts["scales"], parts.get("g_idx"))
+        if precision == "fast":
+            planes = ops.gptq_prepare_planes(*gptq_parts, zero_offset=offset, memory=memory)
+            if planes is not None:
+                return PlaneLinear(planes, bias, spec.out_features)
+        gptq = ops.gptq_prepare(*gptq_parts, zero_offset=offset)
         return QuantisedLinear(gptq, bias, spec.out_features, lambda x: ops.gptq_matmul(x, gptq))
     return DenseLinear(parts["weight"].contiguous(), bias)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from exl2_rag.llm.kernels import ops
+from exl2_rag.llm.layers.activations import Activations
 from exl2_rag.llm.layers.linear import Linear
 
 
@@ -23,6 +24,7 @@ class GatedMLP:
         """Bytes of memory held."""
         return sum(part.weight_bytes for part in (self.gate_proj, self.up_proj, self.down_proj))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[T, hidden_size] float32 to [T, hidden_size] float32."""
-        return self.down_proj(ops.silu_mul(self.gate_proj(x), self.up_proj(x)))
+    def __call__(self, x: Tensor, *, add_to: Tensor) -> None:
+        """[T, hidden_size] float32, normed; the result is added to `add_to`, of the same shape."""
+        inputs = Activations(x)
+        self.down_proj(Activations(ops.silu_mul(self.gate_proj(inputs), self.up_proj(inputs))), add_to=add_to)

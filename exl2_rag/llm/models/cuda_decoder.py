@@ -24,7 +24,7 @@ from exl2_rag.errors import CheckpointError, SettingsError
 from exl2_rag.llm.checkpoint import Checkpoint
 from exl2_rag.llm.config import ModelConfig
 from exl2_rag.llm.forward_inputs import ForwardInputs
-from exl2_rag.llm.kernels import cuda_attention, cuda_small_ops
+from exl2_rag.llm.kernels import cuda_attention, cuda_prefill, cuda_small_ops
 from exl2_rag.llm.kernels.cuda_backend import Backend
 from exl2_rag.llm.kernels.kv_format import QuantisedPages
 from exl2_rag.llm.kv_cache import KVCache
@@ -114,7 +114,7 @@ class CudaDecoder:
             self._attend(layer, hidden, inputs, k_pages, v_pages)
             gate, up = layer.gate_up(self._normed(layer.mlp_norm, hidden))
             layer.down_proj.add_to(hidden, cuda_small_ops.gated_activation(self._backend, "silu", gate, up))
-        rows = hidden.index_select(0, inputs.logit_rows)
+        rows = hidden if inputs.logit_rows is None else hidden.index_select(0, inputs.logit_rows)
         if rows.shape[0] == 0:
             return rows.new_empty((0, self.config.vocab_size))
         return self._head(self._normed(self._norm, rows), torch.float32)[0]
@@ -143,17 +143,21 @@ class CudaDecoder:
             assert isinstance(k_pages, Tensor)
             assert isinstance(v_pages, Tensor)
             q = cuda_small_ops.rope_cache_write(self._backend, q, k, v, *place, k_pages, v_pages)
-        mixed = cuda_attention.paged_attention(
-            self._backend,
-            q,
-            k_pages,
-            v_pages,
-            inputs.page_table,
-            inputs.query_starts,
-            inputs.context_lens,
-            softmax_scale=self.config.softmax_scale,
-            sliding_window=layer.sliding_window,
-        )
+        batch = (q, k_pages, v_pages, inputs.page_table, inputs.query_starts, inputs.context_lens)
+        scale, window, lengths = self.config.softmax_scale, layer.sliding_window, inputs.lengths
+        # "exact" keeps to our kernel, which gives a row the same bits however its prompt is cut into slices.
+        if self.dtype == torch.float16 and lengths is not None and lengths.longest_slice >= cuda_prefill.MIN_ROWS:
+            mixed = cuda_prefill.paged_attention(
+                self._backend,
+                *batch,
+                host_starts=lengths.query_starts,
+                host_contexts=lengths.context_lens,
+                softmax_scale=scale,
+                sliding_window=window,
+                min_rows=cuda_prefill.MIN_ROWS,
+            )
+        else:
+            mixed = cuda_attention.paged_attention(self._backend, *batch, softmax_scale=scale, sliding_window=window)
         layer.o_proj.add_to(hidden, mixed.flatten(1))
 
 

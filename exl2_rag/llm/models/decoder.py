@@ -17,6 +17,7 @@ from torch import Tensor
 from exl2_rag.llm.config import ModelConfig
 from exl2_rag.llm.forward_inputs import ForwardInputs
 from exl2_rag.llm.kv_cache import KVCache
+from exl2_rag.llm.layers.activations import Activations
 from exl2_rag.llm.layers.attention import Attention
 from exl2_rag.llm.layers.embedding import Embedding
 from exl2_rag.llm.layers.linear import Linear
@@ -39,12 +40,10 @@ class DecoderLayer:
         """Bytes of memory held."""
         return sum(part.weight_bytes for part in (self.input_norm, self.attention, self.mlp_norm, self.mlp))
 
-    def __call__(
-        self, hidden: Tensor, inputs: ForwardInputs, rotary: Rotary, k_pages: Tensor, v_pages: Tensor
-    ) -> Tensor:
-        """[T, hidden_size] float32 to the same; writes the new keys and values into the pages."""
-        hidden = hidden + self.attention(self.input_norm(hidden), inputs, rotary, k_pages, v_pages)
-        return hidden + self.mlp(self.mlp_norm(hidden))
+    def __call__(self, hidden: Tensor, inputs: ForwardInputs, rotary: Rotary, k_pages: Tensor, v_pages: Tensor) -> None:
+        """Adds to `hidden` [T, hidden_size] float32, and writes the new keys and values into the pages."""
+        self.attention(self.input_norm(hidden), inputs, rotary, k_pages, v_pages, add_to=hidden)
+        self.mlp(self.mlp_norm(hidden), add_to=hidden)
 
 
 class Decoder:
@@ -95,8 +94,8 @@ class Decoder:
         """
         hidden = self.embedding(inputs.token_ids)
         for layer, k_pages, v_pages in zip(self.layers, cache.k_pages, cache.v_pages, strict=True):
-            hidden = layer(hidden, inputs, self.rotary, k_pages, v_pages)
-        rows = hidden.index_select(0, inputs.logit_rows)
+            layer(hidden, inputs, self.rotary, k_pages, v_pages)
+        rows = hidden if inputs.logit_rows is None else hidden.index_select(0, inputs.logit_rows)
         if rows.shape[0] == 0:
             return rows.new_empty((0, self.config.vocab_size))
-        return self.head(self.norm(rows))
+        return self.head(Activations(self.norm(rows)))

@@ -9,9 +9,10 @@ import torch
 from exl2_rag.errors import CheckpointError, SettingsError
 from exl2_rag.llm.checkpoint import Checkpoint
 from exl2_rag.llm.config import ModelConfig
+from exl2_rag.llm.kernels import ops
 from exl2_rag.llm.layers.attention import Attention
 from exl2_rag.llm.layers.embedding import Embedding, load_embedding
-from exl2_rag.llm.layers.linear import DenseLinear, Linear, LinearSpec, load_linear
+from exl2_rag.llm.layers.linear import DenseLinear, Linear, LinearSpec, load_linear, share_input_order
 from exl2_rag.llm.layers.mlp import GatedMLP
 from exl2_rag.llm.layers.norm import RMSNorm, load_norm
 from exl2_rag.llm.layers.rotary import Rotary
@@ -20,7 +21,13 @@ from exl2_rag.llm.models.decoder import Decoder, DecoderLayer
 
 
 def load_model(
-    model_dir: Path, config: ModelConfig, checkpoint: Checkpoint, *, device: torch.device, max_seq_len: int
+    model_dir: Path,
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device,
+    max_seq_len: int,
+    precision: str = "exact",
 ) -> Decoder:
     """Check a checkpoint against the config, then read and prepare all its weights.
 
@@ -30,6 +37,7 @@ def load_model(
         checkpoint: its tensors.
         device: where it will run.
         max_seq_len: positions to be ready for; longer than the model was made for is allowed.
+        precision: "exact" or "fast"; see `load_linear`.
 
     Raises:
         CheckpointError: a tensor is missing, misshapen, damaged, or belongs to no part of the model.
@@ -37,7 +45,7 @@ def load_model(
     """
     if max_seq_len < 1:
         raise SettingsError(f"max_seq_len must be at least 1, got {max_seq_len}")
-    loader = _Loader(config, checkpoint, device)
+    loader = _Loader(config, checkpoint, device, precision)
     try:
         tensor_names.check_tensors(config, checkpoint)
         embedding = loader.embedding()
@@ -56,10 +64,12 @@ def load_model(
 class _Loader:
     """Reads the parts of one model."""
 
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, device: torch.device, precision: str) -> None:
         self._config = config
         self._checkpoint = checkpoint
         self._device = device
+        self._precision = precision
+        self._memory = ops.WeightMemory()
 
     def embedding(self) -> Embedding:
         return load_embedding(
@@ -75,7 +85,14 @@ class _Loader:
         return load_norm(self._checkpoint, key, width=config.hidden_size, eps=config.norm_eps, device=self._device)
 
     def linear(self, spec: LinearSpec) -> Linear:
-        return load_linear(self._checkpoint, spec, device=self._device, gptq_format=self._config.gptq_format)
+        return load_linear(
+            self._checkpoint,
+            spec,
+            device=self._device,
+            gptq_format=self._config.gptq_format,
+            precision=self._precision,
+            memory=self._memory,
+        )
 
     def head(self, embedding: Embedding) -> Linear:
         spec = tensor_names.head_spec(self._config, self._checkpoint)
@@ -90,23 +107,18 @@ class _Loader:
 
     def layer(self, index: int) -> DecoderLayer:
         config = self._config
-        attention = tensor_names.attention_specs(config, index)
-        mlp = tensor_names.mlp_specs(config, index)
+        attention = {name: self.linear(spec) for name, spec in tensor_names.attention_specs(config, index).items()}
+        mlp = {name: self.linear(spec) for name, spec in tensor_names.mlp_specs(config, index).items()}
+        share_input_order(attention[name] for name in ("q_proj", "k_proj", "v_proj"))
+        share_input_order(mlp[name] for name in ("gate_proj", "up_proj"))
         return DecoderLayer(
             input_norm=self.norm(tensor_names.input_norm_key(index)),
             attention=Attention(
-                q_proj=self.linear(attention["q_proj"]),
-                k_proj=self.linear(attention["k_proj"]),
-                v_proj=self.linear(attention["v_proj"]),
-                o_proj=self.linear(attention["o_proj"]),
+                **attention,
                 head_dim=config.head_dim,
                 softmax_scale=config.softmax_scale,
                 sliding_window=config.sliding_windows[index],
             ),
             mlp_norm=self.norm(tensor_names.mlp_norm_key(index)),
-            mlp=GatedMLP(
-                gate_proj=self.linear(mlp["gate_proj"]),
-                up_proj=self.linear(mlp["up_proj"]),
-                down_proj=self.linear(mlp["down_proj"]),
-            ),
+            mlp=GatedMLP(**mlp),
         )

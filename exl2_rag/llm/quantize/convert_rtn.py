@@ -21,6 +21,7 @@ from torch import Tensor
 from exl2_rag.errors import CheckpointError, ModelNotFoundError, SettingsError, UnsupportedModelError
 from exl2_rag.llm.checkpoint.checkpoint import Checkpoint
 from exl2_rag.llm.checkpoint.writer import write_checkpoint
+from exl2_rag.llm.quantize.candidates import HEAD_PLANS
 from exl2_rag.llm.quantize.rtn import QuantisationPlan, padded, plan_for_bits, quantize_linear_rtn
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
@@ -31,15 +32,6 @@ _KEPT = re.compile(r"model\.(embed_tokens|norm|layers\.\d+\.(input_layernorm|pos
 _DROPPED = re.compile(r".*\.rotary_emb\.inv_freq")  # a buffer of old files; it follows from the config
 _HEAD, _EMBEDDING = "lm_head", "model.embed_tokens.weight"
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".safetensors.index.json")
-
-_HEAD_PLANS = {
-    2: QuantisationPlan((4, 2), (0.3, 0.7), (32, 32)),
-    3: QuantisationPlan((4, 3), (0.15, 0.85), (32, 32)),
-    4: QuantisationPlan((6, 4), (0.15, 0.85), (32, 32)),
-    5: QuantisationPlan((6, 5), (0.15, 0.85), (128, 128)),
-    6: QuantisationPlan((8, 6), (0.15, 0.85), (128, 128)),
-    8: QuantisationPlan((8,), (1.0,), (128,)),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +74,8 @@ def convert_rtn(
         SettingsError: bits that cannot be had.
         ModelNotFoundError, UnsupportedModelError, CheckpointError: the source is not a float model we know.
     """
-    if head_bits not in _HEAD_PLANS:
-        raise SettingsError(f"head_bits must be one of {sorted(_HEAD_PLANS)}, it is {head_bits}")
+    if head_bits not in HEAD_PLANS:
+        raise SettingsError(f"head_bits must be one of {sorted(HEAD_PLANS)}, it is {head_bits}")
     if not math.isfinite(bits) or bits <= 0:
         raise SettingsError(f"bits must be a positive number, it is {bits}")
     config = _read_config(source_dir)
@@ -108,7 +100,7 @@ def convert_rtn(
     for name in kept:
         if name != _EMBEDDING:
             writer.keep(name)
-    writer.quantise(_HEAD, head_name, _HEAD_PLANS[head_bits])
+    writer.quantise(_HEAD, head_name, HEAD_PLANS[head_bits])
     paths = write_checkpoint(target_dir, writer.tensors, shard_bytes=shard_bytes)
     _copy_files(source_dir, target_dir)
     _write_config(config, target_dir, bits=bits, head_bits=head_bits)

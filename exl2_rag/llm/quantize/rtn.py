@@ -76,15 +76,14 @@ class QuantisationPlan:
         codes = sum(rows * bits for bits, rows in groups) * out_features
         return codes + len(groups) * (16 + 32 + 4 * out_features) + 32 * in_features
 
+    def expected_error(self, in_features: int) -> float:
+        """Mean square error to expect, but for a constant: steps halve with each bit, peaks grow with the group."""
+        return sum(rows * 4.0**-bits * math.log(rows) for bits, rows in self.groups(in_features)) / in_features
+
 
 def padded(out_features: int) -> int:
     """The stored width of a matrix: the next multiple of 32."""
     return -(-out_features // TILE_COLUMNS) * TILE_COLUMNS
-
-
-def _expected_error(plan: QuantisationPlan, in_features: int) -> float:
-    """Mean square error to expect, but for a constant: steps halve with each bit, peaks grow with the group's size."""
-    return sum(rows * 4.0**-bits * math.log(rows) for bits, rows in plan.groups(in_features)) / in_features
 
 
 def _candidates(in_features: int) -> Iterator[QuantisationPlan]:
@@ -114,7 +113,7 @@ def plan_for_bits(bits: float, in_features: int, out_features: int) -> Quantisat
             f"{bits} bits per weight are too few for a {in_features} x {out_features} matrix; with its tables it takes "
             f"at least {least / (in_features * width):.2f}"
         )
-    return min(affordable, key=lambda plan: _expected_error(plan, in_features))
+    return min(affordable, key=lambda plan: plan.expected_error(in_features))
 
 
 def quantize_linear_rtn(

@@ -12,7 +12,8 @@ def _levels() -> list[str]:
     library = native.library()
     if library is None:
         return []
-    levels = [level for level in ("baseline", "avx2", "avx512") if library.exl2_set_cpu_level(level.encode()) == 0]
+    names = ("baseline", "avx2", "avx512", "avx512vnni")
+    levels = [level for level in names if library.exl2_set_cpu_level(level.encode()) == 0]
     library.exl2_set_cpu_level(None)  # the best again
     return levels
 

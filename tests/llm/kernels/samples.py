@@ -9,7 +9,7 @@ from torch import Tensor
 
 from exl2_rag.llm.checkpoint import pack
 from exl2_rag.llm.kernels import ops
-from exl2_rag.llm.kernels.ops import Exl2Weights, GptqWeights
+from exl2_rag.llm.kernels.ops import Exl2Weights, GptqWeights, PlaneWeights
 
 AWKWARD = (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 129)
 
@@ -46,17 +46,25 @@ def exl2_weights(groups: list[tuple[int, int]], out_features: int, **options) ->
     return ops.exl2_prepare(**parts)
 
 
-def gptq_weights(in_features: int, out_features: int, n_groups: int, *, seed: int = 0, act_order=False) -> GptqWeights:
+def plane_weights(groups: list[tuple[int, int]], out_features: int, **options) -> PlaneWeights:
+    return ops.exl2_prepare_planes(**exl2_parts(groups, out_features, **options))
+
+
+def gptq_parts(in_features: int, out_features: int, n_groups: int, *, seed: int = 0, g_idx: Tensor | None = None):
+    """The on-disk tensors of a random GPTQ matrix, as `ops.gptq_prepare` takes them."""
     rng = generator(seed)
 
     def words(*shape: int) -> Tensor:
         return torch.randint(-(1 << 31), 1 << 31, shape, generator=rng).to(torch.int32)
 
-    scales = torch.rand((n_groups, out_features), generator=rng) * 0.02
+    scales = (torch.rand((n_groups, out_features), generator=rng) * 0.02).half()
+    return words(in_features // 8, out_features), words(n_groups, out_features // 8), scales, g_idx
+
+
+def gptq_weights(in_features: int, out_features: int, n_groups: int, *, seed: int = 0, act_order=False) -> GptqWeights:
+    rng = generator(seed)
     g_idx = torch.randint(0, n_groups, (in_features,), generator=rng).to(torch.int32) if act_order else None
-    return ops.gptq_prepare(
-        words(in_features // 8, out_features), words(n_groups, out_features // 8), scales.half(), g_idx
-    )
+    return ops.gptq_prepare(*gptq_parts(in_features, out_features, n_groups, seed=seed, g_idx=g_idx))
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

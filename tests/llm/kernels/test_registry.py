@@ -6,8 +6,16 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from exl2_rag.llm.kernels import ops, reference, registry
-from tests.llm.kernels.samples import MIXES, attention_case, exl2_weights, gptq_weights, normal
+from exl2_rag.llm.kernels import ops, reference, reference_planes, registry
+from tests.llm.kernels.samples import (
+    MIXES,
+    attention_case,
+    exl2_weights,
+    generator,
+    gptq_weights,
+    normal,
+    plane_weights,
+)
 from tests.llm.kernels.test_small_ops import rope_case
 
 
@@ -22,8 +30,16 @@ def arguments_of(name: str) -> tuple[object, ...]:
         return tuple(rope_case(5).values())
     if name == "paged_attention":
         return (*attention_case([(5, 20), (1, 2)]).arguments(), 0.2, 0)
+    if name == "plane_matmul":
+        p = plane_weights(MIXES["all"], 64)
+        made = ops.digits(normal(3, p.in_features), p.perm)
+        numbers = (made.digits, made.scales, made.sums)
+        return (normal(3, 64), *numbers, p.planes, p.scales, p.group_scales, p.zeros, p.groups, normal(64), True)
     return {
-        "dense_matmul": (normal(3, 8), normal(5, 8)),
+        "digits": (normal(3, 64), torch.randperm(64, generator=generator(0)).to(torch.int32)),
+        "embedding": (normal(5, 8), torch.tensor([4, 0, 4])),
+        "add_into": (normal(3, 8), normal(3, 8)),
+        "dense_matmul": (normal(3, 5), normal(3, 8), normal(5, 8), None, False),
         "rms_norm": (normal(3, 8), normal(8), 1e-5),
         "silu_mul": (normal(3, 8), normal(3, 8)),
     }[name]
@@ -38,7 +54,7 @@ def test_schema_and_fake_agree_with_what_the_op_does(name):
 @pytest.mark.parametrize("name", ops.TOLERANCES)
 def test_every_op_has_its_namesakes(name):
     assert callable(getattr(ops, name))
-    assert callable(getattr(reference, name))
+    assert callable(getattr(reference, name, None) or getattr(reference_planes, name))
 
 
 def test_an_op_on_fake_tensors_computes_nothing():

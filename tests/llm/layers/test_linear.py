@@ -7,6 +7,7 @@ from torch import Tensor
 
 from exl2_rag.errors import CheckpointError
 from exl2_rag.llm.checkpoint import Checkpoint, reconstruct
+from exl2_rag.llm.layers.activations import Activations
 from exl2_rag.llm.layers.linear import DenseLinear, LinearSpec, QuantisedLinear, check_linear, load_linear
 from tests.support.golden import EXL2_NAMES, GPTQ_NAMES, golden
 from tests.support.synthetic import random_exl2_tensors
@@ -36,7 +37,7 @@ def test_golden_layers_multiply_like_their_exact_weights(name: str, tmp_path: Pa
     if has_bias:
         expected = expected + layer.part("bias")[:width].float()
     assert isinstance(linear, QuantisedLinear)
-    torch.testing.assert_close(linear(x), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(linear(Activations(x)), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -51,7 +52,9 @@ def test_plain_weights_stay_in_their_dtype_and_are_computed_in_float32(
     assert isinstance(linear, DenseLinear)
     assert linear.weight.dtype == dtype
     assert linear.weight_bytes == 13 * 24 * dtype.itemsize + 13 * 4 * has_bias
-    torch.testing.assert_close(linear(x), torch.nn.functional.linear(x, tensors["fc.weight"].float(), bias))
+    torch.testing.assert_close(
+        linear(Activations(x)), torch.nn.functional.linear(x, tensors["fc.weight"].float(), bias)
+    )
 
 
 def test_padded_columns_never_leave_the_layer(tmp_path: Path) -> None:
@@ -60,8 +63,8 @@ def test_padded_columns_never_leave_the_layer(tmp_path: Path) -> None:
     linear = load_linear(checkpoint_of(tensors, tmp_path), LinearSpec("fc", 64, 70, bias=True), device=CPU)
     x = normal(2, 64)
     expected = (x @ reconstruct(tensors, "fc").float() + tensors["fc.bias"].float())[:, :70]
-    assert linear(x).shape == (2, 70)
-    torch.testing.assert_close(linear(x), expected, rtol=1e-4, atol=1e-4)
+    assert linear(Activations(x)).shape == (2, 70)
+    torch.testing.assert_close(linear(Activations(x)), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(96, 70), (64, 96 + 1), (64, 64)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 
 from exl2_rag.llm.checkpoint import Checkpoint
 from exl2_rag.llm.config import ModelConfig
+from exl2_rag.llm.forward_inputs import ForwardInputs, HostLengths
+from exl2_rag.llm.kernels import cuda_prefill
 from exl2_rag.llm.layers.cuda_linear import PackedLinear, SeparateLinears
 from exl2_rag.llm.models.cuda_decoder import CudaDecoder, load_cuda_model
 from tests.cuda_emulation import EmulatedBackend
@@ -62,6 +65,18 @@ def test_fast_logits_are_close_to_those_of_the_dequantised_model(case: str, tmp_
     theirs = parity.oracle_logits(parity.twin_of_quantised(model_dir), tokens)
     for lengths in ([TOKENS], [31, *[1] * 6]):
         assert parity.max_error(parity.in_slices(decoder, tokens, lengths), theirs) <= FAST_TOLERANCE
+
+
+def test_long_slices_go_through_library_attention_and_give_the_same(tmp_path: Path, monkeypatch) -> None:
+    decoder = load(make_model_dir(tmp_path, quantised=True), precision="fast")
+    monkeypatch.setattr(cuda_prefill, "MIN_ROWS", 32)
+    tokens = torch.tensor(parity.random_tokens(TOKENS, 5, decoder.config.vocab_size))
+    plain = ForwardInputs.single(
+        tokens, start=0, pages=parity.Runner(decoder).page_table[0], page_size=parity.PAGE_SIZE
+    )
+    known = dataclasses.replace(plain, lengths=HostLengths((0, TOKENS), (TOKENS,)))
+    logits = [decoder.forward(inputs, parity.Runner(decoder).cache) for inputs in (plain, known)]
+    assert 0 < parity.max_error(logits[0], logits[1]) <= FAST_TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

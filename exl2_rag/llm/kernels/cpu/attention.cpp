@@ -1,17 +1,24 @@
 // Causal attention over the paged cache. One task: up to 16 query rows of one sequence, with all query heads that share
-// one key head.
+// one key head; a row with one of those heads is a line.
 //
-// Keys are taken in tiles of 64, on a grid that starts at position 0, and widened to float32 once per task:
+// Keys are taken in tiles of 64, on a grid that starts at position 0, widened to float32 and turned on their side once per
+// task, so that scores of neighbouring keys lie in one vector:
 //
 //     position   0         64        128       192
 //     tile       |    0    |    1    |    2    |
 //     row at 150           [ window of 100:  51 ... 150 ]      -> tiles 0, 1 and 2, each in part
 //
-// Per row and head a running maximum m, sum l and output o (the online softmax of flash attention):
+//     scores [line][64]   += q[line][d] * keys[d][64]            for d = 0, 1, ...
+//     output [line][D]    += weights[line][key] * values[key][D] for key = 0, 1, ...
+//
+// Both are small matrix products of a few lines at a time. Per line a running maximum m, sum l and output o (the online
+// softmax of flash attention):
 //     m' = max(m, scores of the tile);  o = o * exp(m - m') + sum of exp(s - m') v;  l likewise;  result o / l
-// A row meets the same tiles with the same keys in the same order whatever rows it shares a task with, so its result
-// depends on its own position and cache alone.
+// A line meets the same tiles with the same keys in the same order whatever it shares a task with, so its result depends
+// on its own position and cache alone. Keys that it must not see get the weight 0.
 #include <stdint.h>
+
+#include <type_traits>
 
 #include "ops.h"
 #include "simd.h"
@@ -22,10 +29,19 @@ namespace {
 
 constexpr int kQueryRows = 16;
 constexpr int kTileKeys = 64;
-constexpr int kStrip = 4 * kLanes;  // numbers of o that are summed together: four independent chains
+constexpr int kStripVecs = 4;  // vectors of a row that are summed together: independent chains of additions
 constexpr float kMinusInfinity = -__builtin_inff();
 
-static_assert(kTileKeys % kWideLanes == 0, "scores of a tile are whole wide vectors");
+// Lines that go together: with four vectors each, as many sums as the registers hold.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kLinesTogether = 4;
+#elif defined(__AVX2__)
+constexpr int kLinesTogether = 2;
+#else
+constexpr int kLinesTogether = 1;
+#endif
+
+static_assert(kTileKeys % (kStripVecs * kLanes) == 0, "the scores of a line are whole strips");
 
 struct Block {
     int32_t sequence, first, last;  // rows of q
@@ -34,7 +50,7 @@ struct Block {
 struct Job {
     PagedAttention args;
     const Block* blocks;
-    int64_t padded_dim;
+    int64_t padded_dim;  // whole vectors
 };
 
 // One row and head on its way.
@@ -53,60 +69,173 @@ void widen(const Element* from, int64_t dim, int64_t padded_dim, float* to) {
     for (; i < padded_dim; ++i) to[i] = 0.0f;
 }
 
-// Keys `first` to `last` of a sequence into rows of `keys` and `values`, the first of them at row 0.
+// Where a tile's numbers are: all of one task.
+struct Tile {
+    float* keys;     // [padded_dim, 64]
+    float* values;   // [64, padded_dim]
+    float* weights;  // [lines, 64]
+};
+
+inline int64_t offset_of(const PagedAttention& args, int64_t sequence, int64_t kv_head, int64_t key) {
+    const int64_t page = args.page_table[sequence * args.table_width + key / args.page_size];
+    return ((page * args.page_size + key % args.page_size) * args.kv_heads + kv_head) * args.dim;
+}
+
+// Rows of one key head lie apart, so the processor does not fetch the next ones by itself.
 template <typename Element>
-void load_tile(const Job& job, int64_t sequence, int64_t kv_head, int64_t first, int64_t last, float* keys,
-               float* values) {
-    const PagedAttention& args = job.args;
-    const int32_t* pages = args.page_table + sequence * args.table_width;
+void prefetch_keys(const PagedAttention& args, int64_t sequence, int64_t kv_head, int64_t first, int64_t last) {
+    const int64_t row_bytes = args.dim * static_cast<int64_t>(sizeof(Element));
     for (int64_t key = first; key < last; ++key) {
-        const int64_t slot = pages[key / args.page_size] * args.page_size + key % args.page_size;
-        const int64_t offset = (slot * args.kv_heads + kv_head) * args.dim;
-        widen(static_cast<const Element*>(args.k_pages) + offset, args.dim, job.padded_dim, keys);
-        widen(static_cast<const Element*>(args.v_pages) + offset, args.dim, job.padded_dim, values);
-        keys += job.padded_dim;
-        values += job.padded_dim;
+        const int64_t offset = offset_of(args, sequence, kv_head, key);
+        const char* k = reinterpret_cast<const char*>(static_cast<const Element*>(args.k_pages) + offset);
+        const char* v = reinterpret_cast<const char*>(static_cast<const Element*>(args.v_pages) + offset);
+        for (int64_t i = 0; i < row_bytes; i += 64) {
+            __builtin_prefetch(k + i);
+            __builtin_prefetch(v + i);
+        }
     }
 }
 
-inline float dot(const float* a, const float* b, int64_t padded_dim) {
-    Wide sum = wide_zero();
-    for (int64_t i = 0; i < padded_dim; i += kWideLanes) wide_mul_add(wide_load(a + i), wide_load(b + i), sum);
-    return wide_sum(sum);
+// Element d of row i, for kLanes rows and kLanes numbers from d = 0 on, to to[d * to_stride + i]. A null row is zeros.
+template <typename Element>
+inline void transpose_block(const Element* const* rows, int64_t first, float* to, int64_t to_stride) {
+#if defined(__AVX512F__)
+    __m512 row[16], pair[16];
+    for (int i = 0; i < 16; ++i) row[i] = rows[i] == nullptr ? _mm512_setzero_ps() : load_as_float(rows[i] + first);
+    for (int i = 0; i < 16; i += 2) {
+        pair[i] = _mm512_unpacklo_ps(row[i], row[i + 1]);
+        pair[i + 1] = _mm512_unpackhi_ps(row[i], row[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        row[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(pair[i]), _mm512_castps_pd(pair[i + 2])));
+        row[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(pair[i]), _mm512_castps_pd(pair[i + 2])));
+        row[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(pair[i + 1]), _mm512_castps_pd(pair[i + 3])));
+        row[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(pair[i + 1]), _mm512_castps_pd(pair[i + 3])));
+    }
+    // row[4g + j] holds, in its quarters, columns j, 4 + j, 8 + j and 12 + j of rows 4g to 4g + 3.
+    for (int j = 0; j < 4; ++j) {
+        const __m512 a = _mm512_shuffle_f32x4(row[j], row[4 + j], 0x88), b = _mm512_shuffle_f32x4(row[8 + j], row[12 + j], 0x88);
+        const __m512 c = _mm512_shuffle_f32x4(row[j], row[4 + j], 0xdd), d = _mm512_shuffle_f32x4(row[8 + j], row[12 + j], 0xdd);
+        store(to + j * to_stride, _mm512_shuffle_f32x4(a, b, 0x88));
+        store(to + (4 + j) * to_stride, _mm512_shuffle_f32x4(c, d, 0x88));
+        store(to + (8 + j) * to_stride, _mm512_shuffle_f32x4(a, b, 0xdd));
+        store(to + (12 + j) * to_stride, _mm512_shuffle_f32x4(c, d, 0xdd));
+    }
+#else
+    for (int i = 0; i < kLanes; ++i) {
+        float row[kLanes] = {};
+        if (rows[i] != nullptr) store(row, load_as_float(rows[i] + first));
+        for (int j = 0; j < kLanes; ++j) to[j * to_stride + i] = row[j];
+    }
+#endif
 }
 
-// Take the keys [first, last) of a tile, counted from its start, into a line.
-void attend(Line& line, const float* keys, const float* values, int first, int last, int64_t padded_dim, float scale) {
-    float weights[kTileKeys];
-    float maximum = line.maximum;
-    for (int key = 0; key < kTileKeys; ++key) weights[key] = kMinusInfinity;
-    for (int key = first; key < last; ++key) {
-        weights[key] = dot(line.query, keys + key * padded_dim, padded_dim) * scale;
-        maximum = weights[key] > maximum ? weights[key] : maximum;
+// Keys `first` to `last` of a sequence into a tile that starts at key `start`; the rest of the tile becomes zeros.
+template <typename Element>
+void load_tile(const Job& job, int64_t sequence, int64_t kv_head, int64_t start, int64_t first, int64_t last, Tile tile) {
+    const PagedAttention& args = job.args;
+    const Element* keys[kTileKeys];
+    for (int64_t key = 0; key < kTileKeys; ++key) {
+        float* v = tile.values + key * job.padded_dim;
+        keys[key] = nullptr;
+        if (start + key < first || start + key >= last) {
+            for (int64_t i = 0; i < job.padded_dim; ++i) v[i] = 0.0f;
+            continue;
+        }
+        const int64_t offset = offset_of(args, sequence, kv_head, start + key);
+        keys[key] = static_cast<const Element*>(args.k_pages) + offset;
+        widen(static_cast<const Element*>(args.v_pages) + offset, args.dim, job.padded_dim, v);
     }
-    // With every score at minus infinity there is nothing to subtract.
-    const float shift = maximum == kMinusInfinity ? 0.0f : maximum;
-    Wide sum = wide_zero();
-    for (int key = 0; key < kTileKeys; key += kWideLanes) {
-        for (int i = 0; i < kWideParts; ++i) {
-            const Vec weight = exp_vec(load(weights + key + i * kLanes) - shift);
-            store(weights + key + i * kLanes, weight);
-            sum.part[i] += weight;
+    int64_t d = 0;
+    for (; d + kLanes <= args.dim; d += kLanes)
+        for (int64_t key = 0; key < kTileKeys; key += kLanes) transpose_block(keys + key, d, tile.keys + d * kTileKeys + key, kTileKeys);
+    for (; d < job.padded_dim; ++d)
+        for (int64_t key = 0; key < kTileKeys; ++key)
+            tile.keys[d * kTileKeys + key] = d < args.dim && keys[key] != nullptr ? to_float(keys[key][d]) : 0.0f;
+}
+
+// sums[line][0..kVecs vectors) += a[line][0..count) * b[count][kVecs vectors), for kLines lines; each first times fade[line].
+template <int kLines, int kVecs>
+EXL2_ALWAYS_INLINE void multiply_strip(const float* const* a, int count, const float* b, int64_t b_stride, const float* fade,
+                                       float* const* sums) {
+    Vec sum[kLines][kVecs];
+    for (int line = 0; line < kLines; ++line)
+        for (int v = 0; v < kVecs; ++v) sum[line][v] = load(sums[line] + v * kLanes) * splat(fade[line]);
+    for (int i = 0; i < count; ++i) {
+        Vec row[kVecs];
+        for (int v = 0; v < kVecs; ++v) row[v] = load(b + i * b_stride + v * kLanes);
+        for (int line = 0; line < kLines; ++line) {
+            const Vec factor = splat(a[line][i]);
+            for (int v = 0; v < kVecs; ++v) sum[line][v] = mul_add(factor, row[v], sum[line][v]);
         }
     }
-    float fade[kLanes];
-    store(fade, exp_vec(splat(line.maximum - shift)));
-    line.sum = line.sum * fade[0] + wide_sum(sum);
-    line.maximum = maximum;
-    for (int64_t d = 0; d < padded_dim; d += kStrip) {
-        Vec output[4];
-        for (int i = 0; i < 4; ++i) output[i] = load(line.output + d + i * kLanes) * splat(fade[0]);
-        for (int key = first; key < last; ++key) {
-            const float* value = values + key * padded_dim + d;
-            for (int i = 0; i < 4; ++i) output[i] = mul_add(splat(weights[key]), load(value + i * kLanes), output[i]);
-        }
-        for (int i = 0; i < 4; ++i) store(line.output + d + i * kLanes, output[i]);
+    for (int line = 0; line < kLines; ++line)
+        for (int v = 0; v < kVecs; ++v) store(sums[line] + v * kLanes, sum[line][v]);
+}
+
+// The same for rows of `width` numbers, whole vectors, strip by strip.
+template <int kLines>
+void multiply_lines(const float* const* a, int count, const float* b, int64_t width, const float* fade, float* const* sums) {
+    int64_t n = 0;
+    float* at[kLines];
+    const auto strip = [&](auto vecs) {
+        for (int line = 0; line < kLines; ++line) at[line] = sums[line] + n;
+        multiply_strip<kLines, decltype(vecs)::value>(a, count, b + n, width, fade, at);
+        n += decltype(vecs)::value * kLanes;
+    };
+    while (n + kStripVecs * kLanes <= width) strip(std::integral_constant<int, kStripVecs>{});
+    while (n < width) strip(std::integral_constant<int, 1>{});
+}
+
+// Take the keys of a tile into kLines lines. `weights`: [kLines, 64].
+template <int kLines>
+void attend(const Job& job, Line* lines, int64_t start, Tile tile, float* weights) {
+    const float *query[kLines], *weight[kLines];
+    float *scores[kLines], *output[kLines], fade[kLines] = {};
+    for (int line = 0; line < kLines; ++line) {
+        query[line] = lines[line].query;
+        output[line] = lines[line].output;
+        weight[line] = scores[line] = weights + line * kTileKeys;
+        for (int key = 0; key < kTileKeys; ++key) scores[line][key] = 0.0f;
     }
+    multiply_lines<kLines>(query, static_cast<int>(job.padded_dim), tile.keys, kTileKeys, fade, scores);
+    for (int i = 0; i < kLines; ++i) {
+        Line& line = lines[i];
+        // Keys of the tile that this line sees: those from `first` on, before `last`.
+        const int64_t first = line.first_key > start ? line.first_key - start : 0, last = line.last_key - start;
+        Vec largest = splat(line.maximum);
+        for (int key = 0; key < kTileKeys; key += kLanes) {
+            const VecInt place = lane_numbers() + key;
+            const VecInt seen = (place >= static_cast<int32_t>(first)) & (place < static_cast<int32_t>(last < kTileKeys ? last : kTileKeys));
+            const Vec score = select(seen, load(scores[i] + key) * splat(job.args.softmax_scale), splat(kMinusInfinity));
+            store(scores[i] + key, score);
+            largest = select(score > largest, score, largest);
+        }
+        float maximum = line.maximum;
+        for (int lane = 0; lane < kLanes; ++lane) maximum = largest[lane] > maximum ? largest[lane] : maximum;
+        // With every score at minus infinity there is nothing to subtract.
+        const float shift = maximum == kMinusInfinity ? 0.0f : maximum;
+        Wide sum = wide_zero();
+        for (int key = 0; key < kTileKeys; key += kWideLanes) {
+            for (int part = 0; part < kWideParts; ++part) {
+                const Vec one = exp_vec(load(scores[i] + key + part * kLanes) - shift);
+                store(scores[i] + key + part * kLanes, one);
+                sum.part[part] += one;
+            }
+        }
+        float faded[kLanes];
+        store(faded, exp_vec(splat(line.maximum - shift)));
+        fade[i] = faded[0];
+        line.sum = line.sum * fade[i] + wide_sum(sum);
+        line.maximum = maximum;
+    }
+    multiply_lines<kLines>(weight, kTileKeys, tile.values, job.padded_dim, fade, output);
+}
+
+template <int kLines>
+void attend_some(int64_t count, const Job& job, Line* lines, int64_t start, Tile tile) {
+    if (count == kLines) return attend<kLines>(job, lines, start, tile, tile.weights);
+    if constexpr (kLines > 1) attend_some<kLines - 1>(count, job, lines, start, tile);
 }
 
 template <typename Element>
@@ -118,12 +247,12 @@ bool attend_block(const void* context, int64_t task) {
     const int64_t n_lines = (block.last - block.first) * repeats;
     const int64_t line_floats = (n_lines * static_cast<int64_t>(sizeof(Line)) + 63) / 64 * 16;
     const int64_t tile_floats = kTileKeys * job.padded_dim;
-    float* memory = scratch(0, static_cast<size_t>(line_floats + 2 * tile_floats + 2 * n_lines * job.padded_dim));
+    float* memory = scratch(0, static_cast<size_t>(line_floats + 2 * tile_floats + kLinesTogether * kTileKeys +
+                                                   2 * n_lines * job.padded_dim));
     if (memory == nullptr) return false;
     Line* lines = reinterpret_cast<Line*>(memory);
-    float* keys = memory + line_floats;
-    float* values = keys + tile_floats;
-    float* queries = values + tile_floats;
+    const Tile tile{memory + line_floats, memory + line_floats + tile_floats, memory + line_floats + 2 * tile_floats};
+    float* queries = tile.weights + kLinesTogether * kTileKeys;
     float* outputs = queries + n_lines * job.padded_dim;
 
     const int64_t context_len = args.context_lens[block.sequence];
@@ -140,18 +269,14 @@ bool attend_block(const void* context, int64_t task) {
         first_key = line.first_key < first_key ? line.first_key : first_key;
         last_key = line.last_key > last_key ? line.last_key : last_key;
     }
+    prefetch_keys<Element>(args, block.sequence, kv_head, first_key, first_key + kTileKeys < last_key ? first_key + kTileKeys : last_key);
     for (int64_t start = first_key / kTileKeys * kTileKeys; start < last_key; start += kTileKeys) {
-        const int64_t from = start > first_key ? start : first_key;
-        const int64_t to = start + kTileKeys < last_key ? start + kTileKeys : last_key;
-        load_tile<Element>(job, block.sequence, kv_head, from, to, keys + (from - start) * job.padded_dim,
-                           values + (from - start) * job.padded_dim);
-        for (int64_t i = 0; i < n_lines; ++i) {
-            const int64_t first = lines[i].first_key > from ? lines[i].first_key : from;
-            const int64_t last = lines[i].last_key < to ? lines[i].last_key : to;
-            if (first < last)
-                attend(lines[i], keys, values, static_cast<int>(first - start), static_cast<int>(last - start),
-                       job.padded_dim, args.softmax_scale);
-        }
+        const int64_t from = start > first_key ? start : first_key, next = start + kTileKeys;
+        const int64_t to = next < last_key ? next : last_key;
+        load_tile<Element>(job, block.sequence, kv_head, start, from, to, tile);
+        prefetch_keys<Element>(args, block.sequence, kv_head, to, next + kTileKeys < last_key ? next + kTileKeys : last_key);
+        for (int64_t i = 0; i < n_lines; i += kLinesTogether)
+            attend_some<kLinesTogether>(n_lines - i < kLinesTogether ? n_lines - i : kLinesTogether, job, lines + i, start, tile);
     }
     for (int64_t i = 0; i < n_lines; ++i) {
         const int64_t row = block.first + i / repeats, head = kv_head * repeats + i % repeats;
@@ -195,7 +320,7 @@ int paged_attention(const PagedAttention& args) {
             blocks[next++] = {b, row, row + kQueryRows < end ? row + kQueryRows : end};
         }
     }
-    const Job job{args, blocks, (args.dim + kStrip - 1) / kStrip * kStrip};
+    const Job job{args, blocks, (args.dim + kWideLanes - 1) / kWideLanes * kWideLanes};
     Task task = attend_block<float>;
     if (args.dtype == kFloat16) task = attend_block<Half>;
     if (args.dtype == kBfloat16) task = attend_block<Bfloat>;

@@ -15,7 +15,10 @@ constexpr int kTaskColumns = 16;  // rows of the weight, columns of y
 constexpr int kX = 3, kW = 2;     // 3 x 2 dot products: 12 AVX2 registers of sums, 5 loads for 6 products
 
 template <int kXRows, int kWRows, typename Element>
-inline void dot_products(const float* x, const Element* weight, int64_t in, float* y, int64_t y_stride) {
+inline void dot_products(const DenseMatmul& args, int64_t row, int64_t column) {
+    const int64_t in = args.in;
+    const float* x = args.x + row * in;
+    const Element* weight = static_cast<const Element*>(args.weight) + column * in;
     Wide sum[kXRows][kWRows];
     for (int t = 0; t < kXRows; ++t)
         for (int n = 0; n < kWRows; ++n) sum[t][n] = wide_zero();
@@ -35,19 +38,21 @@ inline void dot_products(const float* x, const Element* weight, int64_t in, floa
             for (int t = 0; t < kXRows; ++t) wide_mul_add(wide_load_some(x + t * in + k, count), right, sum[t][n]);
         }
     }
-    for (int t = 0; t < kXRows; ++t)
-        for (int n = 0; n < kWRows; ++n) y[t * y_stride + n] = wide_sum(sum[t][n]);
+    for (int t = 0; t < kXRows; ++t) {
+        for (int n = 0; n < kWRows; ++n) {
+            float* y = args.y + (row + t) * args.out + column + n;
+            float value = wide_sum(sum[t][n]);
+            if (args.bias != nullptr) value += args.bias[column + n];
+            *y = args.accumulate ? *y + value : value;
+        }
+    }
 }
 
 template <int kXRows, typename Element>
 inline void multiply_rows(const DenseMatmul& args, int64_t t, int64_t first, int64_t last) {
-    const Element* weight = static_cast<const Element*>(args.weight);
-    const float* x = args.x + t * args.in;
-    float* y = args.y + t * args.out;
     int64_t n = first;
-    for (; n + kW <= last; n += kW)
-        dot_products<kXRows, kW>(x, weight + n * args.in, args.in, y + n, args.out);
-    for (; n < last; ++n) dot_products<kXRows, 1>(x, weight + n * args.in, args.in, y + n, args.out);
+    for (; n + kW <= last; n += kW) dot_products<kXRows, kW, Element>(args, t, n);
+    for (; n < last; ++n) dot_products<kXRows, 1, Element>(args, t, n);
 }
 
 template <typename Element>

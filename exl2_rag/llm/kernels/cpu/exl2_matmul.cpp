@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "../exl2_layout.h"
+#include "chunk_codes.h"
 #include "ops.h"
 #include "simd.h"
 #include "tile_multiply.h"
@@ -16,18 +17,9 @@ namespace {
 
 constexpr float kLargestHalf = 65504.0f;
 
-// Code of row kRow of a chunk, for the columns of one vector.
-template <int kBits, int kRow>
-inline VecUint code_of_row(const uint32_t* words) {
-    constexpr int word = kRow * kBits / 32, shift = kRow * kBits % 32;
-    VecUint code = load_words(words + word * kTileColumns) >> shift;
-    if constexpr (shift + kBits > 32) code |= load_words(words + (word + 1) * kTileColumns) << (32 - shift);
-    return code & ((1u << kBits) - 1);
-}
-
 template <int kBits, int kRow>
 inline void decode_rows(const uint32_t* words, Vec scale, float* out) {
-    const VecInt centred = reinterpret_cast<VecInt>(code_of_row<kBits, kRow>(words)) - (1 << (kBits - 1));
+    const VecInt centred = reinterpret_cast<VecInt>(code_of_row<kBits, kRow>(words, kTileColumns)) - (1 << (kBits - 1));
     store(out + kRow * kTileColumns, round_to_half(__builtin_convertvector(centred, Vec) * scale));
     if constexpr (kRow + 1 < kChunkRows) decode_rows<kBits, kRow + 1>(words, scale, out);
 }

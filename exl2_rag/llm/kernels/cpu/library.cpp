@@ -1,7 +1,11 @@
 // The C interface of the library, and the choice of the level of the machine at hand.
 //
-// Level "baseline" runs anywhere; "avx2" (with FMA and F16C) and "avx512" (F, BW, DQ, VL) where the processor has them.
+// Level "baseline" runs anywhere; "avx2" (with FMA and F16C), "avx512" (F, BW, DQ, VL) and "avx512vnni" where the processor
+// has them.
+#include <stdint.h>
 #include <string.h>
+
+#include <atomic>
 
 #include "../exl2_layout.h"
 #include "ops.h"
@@ -29,6 +33,9 @@ const Level kAvx2 = {"avx2", EXL2_FOR_EACH_OP(EXL2_OP_IN_TABLE)};
 #define EXL2_TABLE_LEVEL avx512
 const Level kAvx512 = {"avx512", EXL2_FOR_EACH_OP(EXL2_OP_IN_TABLE)};
 #undef EXL2_TABLE_LEVEL
+#define EXL2_TABLE_LEVEL avx512vnni
+const Level kAvx512Vnni = {"avx512vnni", EXL2_FOR_EACH_OP(EXL2_OP_IN_TABLE)};
+#undef EXL2_TABLE_LEVEL
 
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
@@ -36,11 +43,14 @@ bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+
+bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 #endif
 
 // The level of this name, or the best if null; nullptr: unknown, or the processor lacks it.
 const Level* find_level(const char* name) {
 #if defined(EXL2_X86_LEVELS)
+    if (has_avx512vnni() && (name == nullptr || strcmp(name, kAvx512Vnni.name) == 0)) return &kAvx512Vnni;
     if (has_avx512() && (name == nullptr || strcmp(name, kAvx512.name) == 0)) return &kAvx512;
     if (has_avx2() && (name == nullptr || strcmp(name, kAvx2.name) == 0)) return &kAvx2;
 #endif
@@ -76,3 +86,68 @@ EXL2_PUBLIC void exl2_set_num_threads(int count) { exl2::set_num_threads(count);
 #define EXL2_EXPORT_OP(name, Args) \
     EXL2_PUBLIC int exl2_op_##name(const exl2::Args* args) { return exl2::current()->name(*args); }
 EXL2_FOR_EACH_OP(EXL2_EXPORT_OP)
+
+namespace {
+
+// Which op an entry of a tape is; the order is that of EXL2_FOR_EACH_OP, and exl2_op_index names it.
+#define EXL2_OP_NUMBER(name, Args) kOp_##name,
+enum OpNumber : int { EXL2_FOR_EACH_OP(EXL2_OP_NUMBER) kOpCount };
+
+}  // namespace
+
+// The number of an op in a tape, -1 if there is none of this name.
+EXL2_PUBLIC int exl2_op_index(const char* name) {
+#define EXL2_OP_INDEX(op, Args) \
+    if (strcmp(name, #op) == 0) return kOp_##op;
+    EXL2_FOR_EACH_OP(EXL2_OP_INDEX)
+    return -1;
+}
+
+// Run a sequence of ops in one call: ops[i] is the number of the op, arguments[i] its structure. Stops at the first that
+// fails, leaves its place in *stopped_at and returns its status.
+EXL2_PUBLIC int exl2_run_tape(const int32_t* ops, const void* const* arguments, int64_t count, int64_t* stopped_at) {
+    const exl2::Level& level = *exl2::current();
+    const exl2::Region region;
+    for (int64_t i = 0; i < count; ++i) {
+        int status = exl2::kOutOfRange;
+        switch (ops[i]) {
+#define EXL2_RUN_OP(name, Args) \
+    case kOp_##name: status = level.name(*static_cast<const exl2::Args*>(arguments[i])); break;
+            EXL2_FOR_EACH_OP(EXL2_RUN_OP)
+        }
+        if (status != exl2::kOk) {
+            *stopped_at = i;
+            return status;
+        }
+    }
+    return exl2::kOk;
+}
+
+// Read n_bytes once with all threads, in the stride of a matmul; returns a number that depends on all of them. For
+// measuring what memory gives.
+EXL2_PUBLIC uint64_t exl2_read_memory(const void* memory, int64_t n_bytes) {
+    struct Job {
+        const uint8_t* memory;
+        int64_t n_bytes;
+        std::atomic<uint64_t> sum;
+    } job{static_cast<const uint8_t*>(memory), n_bytes, {0}};
+    constexpr int64_t kPart = 1 << 16;
+    const exl2::Task task = [](const void* context, int64_t index) {
+        Job& job = *static_cast<Job*>(const_cast<void*>(context));
+        typedef uint64_t Eight __attribute__((vector_size(64), aligned(1), may_alias));
+        const int64_t last = (index + 1) * kPart < job.n_bytes ? (index + 1) * kPart : job.n_bytes;
+        Eight sum[4] = {};
+        int64_t i = index * kPart;
+        for (; i + 256 <= last; i += 256)
+            for (int k = 0; k < 4; ++k) sum[k] ^= *reinterpret_cast<const Eight*>(job.memory + i + 64 * k);
+        uint64_t total = 0;
+        for (int k = 0; k < 4; ++k)
+            for (int lane = 0; lane < 8; ++lane) total += sum[k][lane];
+        for (; i < last; ++i) total += job.memory[i];
+        job.sum.fetch_add(total);
+        return true;
+    };
+    const exl2::Region region;
+    exl2::run_tasks((n_bytes + kPart - 1) / kPart, n_bytes, task, &job);
+    return job.sum.load();
+}

@@ -41,12 +41,74 @@ struct GptqMatmul {
     float* y;                       // [rows, out]
 };
 
+// From the file's form of a matrix to planes (exl2_layout.h).
+struct Exl2Planes {
+    const uint32_t* words;          // [packed_rows, out]
+    int64_t packed_rows, out;
+    const int32_t* groups;
+    int64_t n_groups;
+    const uint32_t* scale_words;    // [n_groups, out / 8]
+    uint8_t* planes;                // [out / 32, packed_rows, 128]
+    uint8_t* scales;                // [out / 32, n_groups, 16]
+};
+
+struct GptqPlanes {
+    const uint32_t* words;          // [in / 8, out]
+    int64_t in, out;
+    const int32_t* perm;            // [in], the row of `words` that each stored row is; or null
+    uint8_t* planes;                // [out / 32, in / 8, 128]
+};
+
+// Activations as whole numbers; see digits.cpp.
+struct Digits {
+    const float* x;                 // [rows, in], in a multiple of 32
+    int64_t rows, in;
+    const int32_t* perm;            // [in], the column of x that each stored row takes; or null
+    int8_t* digits;                 // [rows, in / 32, 64]
+    float* scales;                  // [rows, in / 32]
+    int32_t* sums;                  // [rows, in / 32]
+};
+
+struct PlaneMatmul {
+    const int8_t* digits;           // of Digits
+    const float* x_scales;
+    const int32_t* sums;
+    int64_t rows, in, out;          // out: columns of y; the matrix has them rounded up to whole tiles
+    const uint8_t* planes;
+    int64_t packed_rows;
+    const uint8_t* scales;          // EXL2: nibbles; GPTQ, where `zeros` is given: float16 [tiles, n_groups, 32]
+    const uint16_t* group_scales;   // EXL2: [n_groups]
+    const uint8_t* zeros;           // GPTQ: [tiles, n_groups, 32]; or null
+    const int32_t* groups;
+    int64_t n_groups;
+    const float* bias;              // [out], or null
+    int accumulate;                 // 1: y += the product; 0: y = the product
+    float* y;                       // [rows, out]
+};
+
 struct DenseMatmul {
     const float* x;                 // [rows, in]
     int64_t rows, in, out;
     const void* weight;             // [out, in] of `dtype`
     int dtype;
+    const float* bias;              // [out], or null
+    int accumulate;                 // as in PlaneMatmul
     float* y;                       // [rows, out]
+};
+
+struct Embedding {
+    const void* table;              // [n_ids, columns] of `dtype`
+    int dtype;
+    int64_t n_ids, columns;
+    const int64_t* ids;             // [rows]
+    int64_t rows;
+    float* y;                       // [rows, columns]
+};
+
+struct AddInto {
+    const float* x;
+    int64_t count;
+    float* y;                       // y += x
 };
 
 struct RmsNorm {
@@ -89,8 +151,9 @@ struct PagedAttention {
 
 #define EXL2_FOR_EACH_OP(apply)                                                                                   \
     apply(exl2_matmul, Exl2Matmul) apply(gptq_matmul, GptqMatmul) apply(dense_matmul, DenseMatmul)                \
-    apply(rms_norm, RmsNorm) apply(silu_mul, SiluMul) apply(rope_cache_write, RopeCacheWrite)                     \
-    apply(paged_attention, PagedAttention)
+    apply(exl2_planes, Exl2Planes) apply(gptq_planes, GptqPlanes) apply(digits, Digits)                           \
+    apply(plane_matmul, PlaneMatmul) apply(rms_norm, RmsNorm) apply(silu_mul, SiluMul) apply(embedding, Embedding)    \
+    apply(add_into, AddInto) apply(rope_cache_write, RopeCacheWrite) apply(paged_attention, PagedAttention)
 
 #define EXL2_DECLARE_OP(name, Args) int name(const Args& args);
 #define EXL2_DECLARE_LEVEL(level) \
@@ -101,5 +164,6 @@ struct PagedAttention {
 EXL2_DECLARE_LEVEL(baseline)
 EXL2_DECLARE_LEVEL(avx2)
 EXL2_DECLARE_LEVEL(avx512)
+EXL2_DECLARE_LEVEL(avx512vnni)
 
 }  // namespace exl2

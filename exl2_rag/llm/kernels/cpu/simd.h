@@ -16,6 +16,9 @@
 #include <arm_neon.h>
 #endif
 
+// For parts of inner loops whose sums must stay in registers.
+#define EXL2_ALWAYS_INLINE inline __attribute__((always_inline))
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -40,6 +43,13 @@ inline VecInt splat_int(int32_t value) { return value - VecInt{}; }
 inline Vec as_float(VecInt bits) { return reinterpret_cast<Vec>(bits); }
 inline VecInt as_int(Vec value) { return reinterpret_cast<VecInt>(value); }
 inline Vec select(VecInt condition, Vec yes, Vec no) { return condition ? yes : no; }
+
+// 0, 1, 2, ...
+inline VecInt lane_numbers() {
+    VecInt result;
+    for (int i = 0; i < kLanes; ++i) result[i] = i;
+    return result;
+}
 
 // a * b + c, with one rounding where the machine has that.
 inline Vec mul_add(Vec a, Vec b, Vec c) {
@@ -146,6 +156,19 @@ inline void from_float(float value, float* to) { *to = value; }
 inline void from_float(float value, Half* to) { to->bits = half_from_float(value); }
 inline void from_float(float value, Bfloat* to) { to->bits = bfloat_from_float(value); }
 
+// Each number rounded to float16 and back; overflow gives infinity.
+inline Vec through_half(Vec value) {
+#if defined(__AVX512F__)
+    return _mm512_cvtph_ps(_mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__AVX2__)
+    return _mm256_cvtph_ps(_mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+    Vec result;
+    for (int i = 0; i < kLanes; ++i) result[i] = float_from_half(half_from_float(value[i]));
+    return result;
+#endif
+}
+
 // Sixteen partial sums, however many vectors that takes.
 constexpr int kWideLanes = 16;
 constexpr int kWideParts = kWideLanes / kLanes;
@@ -188,6 +211,85 @@ inline float wide_sum(Wide value) {
     const FourUnaligned* four = reinterpret_cast<const FourUnaligned*>(lane);
     const Four sum = (four[0] + four[2]) + (four[1] + four[3]);
     return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+}
+
+// from[index[0]], from[index[1]], ...
+inline Vec gather(const float* from, const int32_t* index) {
+#if defined(__AVX512F__)
+    return _mm512_i32gather_ps(_mm512_loadu_si512(index), from, 4);
+#else
+    Vec result;
+    for (int i = 0; i < kLanes; ++i) result[i] = from[index[i]];
+    return result;
+#endif
+}
+
+// Numbers 0 to 255, one a lane.
+inline VecInt load_bytes(const uint8_t* from) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<VecInt>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(__AVX2__)
+    return reinterpret_cast<VecInt>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+    VecInt result;
+    for (int i = 0; i < kLanes; ++i) result[i] = from[i];
+    return result;
+#endif
+}
+
+// The low byte of each lane.
+inline void store_bytes(int8_t* to, VecInt value) {
+#if defined(__AVX512F__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(value)));
+#else
+    for (int i = 0; i < kLanes; ++i) to[i] = static_cast<int8_t>(value[i]);
+#endif
+}
+
+// (a & mask) | b, where b has no bits of the mask.
+inline VecUint and_or(VecUint a, uint32_t mask, VecUint b) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<VecUint>(_mm512_ternarylogic_epi32(reinterpret_cast<__m512i>(a), _mm512_set1_epi32(static_cast<int>(mask)),
+                                                               reinterpret_cast<__m512i>(b), 0xEA));
+#else
+    return (a & mask) | b;
+#endif
+}
+
+// sum + the dot product of four unsigned bytes of `codes` and four signed bytes of `digits`, lane by lane, exactly.
+// kWide: codes may exceed 127, which the 16-bit sums of plain AVX2 and AVX-512 would not hold.
+template <bool kWide>
+inline VecInt dot4(VecInt sum, VecUint codes, VecInt digits) {
+#if defined(__AVX512VNNI__)
+    return reinterpret_cast<VecInt>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(codes),
+                                                        reinterpret_cast<__m512i>(digits)));
+#elif defined(__AVX512BW__)
+    const __m512i ones = _mm512_set1_epi16(1), right = reinterpret_cast<__m512i>(digits);
+    if constexpr (kWide) {
+        const __m512i low = _mm512_maddubs_epi16(reinterpret_cast<__m512i>(codes & 0x0f0f0f0fu), right);
+        const __m512i high = _mm512_maddubs_epi16(reinterpret_cast<__m512i>((codes >> 4) & 0x0f0f0f0fu), right);
+        return sum + reinterpret_cast<VecInt>(_mm512_madd_epi16(low, ones)) +
+               reinterpret_cast<VecInt>(_mm512_madd_epi16(high, _mm512_set1_epi16(16)));
+    }
+    return sum + reinterpret_cast<VecInt>(
+                     _mm512_madd_epi16(_mm512_maddubs_epi16(reinterpret_cast<__m512i>(codes), right), ones));
+#elif defined(__AVX2__)
+    const __m256i ones = _mm256_set1_epi16(1), right = reinterpret_cast<__m256i>(digits);
+    if constexpr (kWide) {
+        const __m256i low = _mm256_maddubs_epi16(reinterpret_cast<__m256i>(codes & 0x0f0f0f0fu), right);
+        const __m256i high = _mm256_maddubs_epi16(reinterpret_cast<__m256i>((codes >> 4) & 0x0f0f0f0fu), right);
+        return sum + reinterpret_cast<VecInt>(_mm256_madd_epi16(low, ones)) +
+               reinterpret_cast<VecInt>(_mm256_madd_epi16(high, _mm256_set1_epi16(16)));
+    }
+    return sum + reinterpret_cast<VecInt>(
+                     _mm256_madd_epi16(_mm256_maddubs_epi16(reinterpret_cast<__m256i>(codes), right), ones));
+#else
+    const VecInt bytes = reinterpret_cast<VecInt>(codes);
+    sum += (bytes & 255) * (digits << 24 >> 24);
+    sum += (bytes >> 8 & 255) * (digits << 16 >> 24);
+    sum += (bytes >> 16 & 255) * (digits << 8 >> 24);
+    return sum + (bytes >> 24 & 255) * (digits >> 24);
+#endif
 }
 
 // e^x to about 1.5 units in the last place; 0 below -87.3, e^88.3 above 88.3, NaN for NaN.

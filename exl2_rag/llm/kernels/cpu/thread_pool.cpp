@@ -1,6 +1,7 @@
-// A pool that sleeps on condition variables and never spins: the machine may have other work to do.
+// A pool that sleeps on condition variables between ops: the machine may have other work to do. Only within a Region, a run
+// of ops that lasts milliseconds, do its threads spin.
 //
-// One op at a time has the pool. A second caller finds it busy and does its own work alone, which gives the same
+// One caller at a time has the pool. A second one finds it busy and does its own work alone, which gives the same
 // numbers. A forked child has none of its parent's threads and starts a pool of its own.
 #include "thread_pool.h"
 
@@ -18,6 +19,26 @@ namespace {
 
 // Below this, waking a thread (some 10 microseconds) costs more than it saves.
 constexpr int64_t kSmallWork = 1 << 17;
+constexpr int64_t kSmallAwakeWork = 1 << 14;  // when it is awake already, about one
+
+inline void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// Waits until `done` holds. Spins for a few microseconds, then gives the processor away between looks: the system may have
+// put the thread that is waited for on this very processor, and would leave it there as long as the other one is busy.
+template <typename Done>
+void spin_until(Done done) {
+    constexpr int kSpins = 256;
+    for (int i = 0; !done(); ++i) {
+        if (i < kSpins) pause();
+        else std::this_thread::yield();
+    }
+}
 
 class Pool {
 public:
@@ -28,7 +49,7 @@ public:
     ~Pool() {
         {
             std::lock_guard<std::mutex> lock(mutex_);
-            stop_ = true;
+            stop_.store(true);
         }
         wake_.notify_all();
         for (std::thread& thread : threads_) thread.join();
@@ -36,45 +57,75 @@ public:
 
     int helpers() const { return static_cast<int>(threads_.size()); }
 
-    bool run(int64_t count, Task task, const void* context) {
+    void keep_awake(bool awake) {
         {
             std::lock_guard<std::mutex> lock(mutex_);
-            task_ = task;
-            context_ = context;
-            count_ = count;
-            next_.store(0);
-            failed_.store(false);
-            active_ = helpers();
-            ++generation_;
+            awake_.store(awake);
         }
-        wake_.notify_all();
+        if (awake) wake_.notify_all();
+    }
+
+    bool run(int64_t count, Task task, const void* context) {
+        task_ = task;
+        context_ = context;
+        count_ = count;
+        next_.store(0);
+        failed_.store(false);
+        active_.store(helpers());
+        if (awake_.load()) {
+            generation_.fetch_add(1);
+        } else {
+            {
+                std::lock_guard<std::mutex> lock(mutex_);
+                generation_.fetch_add(1);
+            }
+            wake_.notify_all();
+        }
         take_tasks();
-        std::unique_lock<std::mutex> lock(mutex_);
-        done_.wait(lock, [this] { return active_ == 0; });
+        if (awake_.load()) {
+            spin_until([this] { return active_.load() == 0; });
+        } else {
+            std::unique_lock<std::mutex> lock(mutex_);
+            done_.wait(lock, [this] { return active_.load() == 0; });
+        }
         return !failed_.load();
     }
 
 private:
+    // Takes runs of neighbouring tasks, long ones first: half of this thread's share of what is left. Neighbours mostly lie
+    // side by side in memory, and what was fetched ahead of one is then used for the next by the same processor; short runs
+    // at the end let the threads finish together.
     void take_tasks() {
-        for (int64_t index; (index = next_.fetch_add(1)) < count_;) {
-            if (!task_(context_, index)) failed_.store(true);
+        const int64_t shares = 2 * (static_cast<int64_t>(threads_.size()) + 1);
+        for (int64_t first = next_.load(); first < count_;) {
+            const int64_t wanted = (count_ - first) / shares, last = first + (wanted > 1 ? wanted : 1);
+            if (!next_.compare_exchange_weak(first, last)) continue;  // `first` is now what another thread left
+            for (int64_t index = first; index < last; ++index) {
+                if (!task_(context_, index)) failed_.store(true);
+            }
+            first = next_.load();
+        }
+    }
+
+    // Waits for the next op; false: the pool ends.
+    bool wait_for_op(uint64_t seen) {
+        for (;;) {
+            spin_until([&] { return generation_.load() != seen || !awake_.load() || stop_.load(); });
+            if (stop_.load()) return false;
+            if (generation_.load() != seen) return true;
+            std::unique_lock<std::mutex> lock(mutex_);
+            wake_.wait(lock, [&] { return stop_.load() || generation_.load() != seen || awake_.load(); });
         }
     }
 
     void work() {
         uint64_t seen = 0;
-        for (;;) {
-            {
-                std::unique_lock<std::mutex> lock(mutex_);
-                wake_.wait(lock, [&] { return stop_ || generation_ != seen; });
-                if (stop_) return;
-                seen = generation_;
-            }
+        while (wait_for_op(seen)) {
+            seen = generation_.load();
             take_tasks();
-            {
-                std::lock_guard<std::mutex> lock(mutex_);
-                if (--active_ > 0) continue;
-            }
+            if (active_.fetch_sub(1) > 1 || awake_.load()) continue;
+            // The lock makes sure that the caller is not between looking and falling asleep.
+            { std::lock_guard<std::mutex> lock(mutex_); }
             done_.notify_one();
         }
     }
@@ -86,13 +137,13 @@ private:
     const void* context_ = nullptr;
     int64_t count_ = 0;
     std::atomic<int64_t> next_{0};
-    std::atomic<bool> failed_{false};
-    int active_ = 0;
-    uint64_t generation_ = 0;
-    bool stop_ = false;
+    std::atomic<bool> failed_{false}, awake_{false}, stop_{false};
+    std::atomic<int> active_{0};
+    std::atomic<uint64_t> generation_{0};
 };
 
 Pool* pool = nullptr;                    // held by whoever has set `busy`
+thread_local bool in_region = false;     // this thread has set `busy` for the length of a Region
 std::atomic_flag busy = ATOMIC_FLAG_INIT;
 std::atomic<int> wanted_threads{1};
 
@@ -137,13 +188,27 @@ thread_local Memory memory[2];
 }  // namespace
 
 bool run_tasks(int64_t count, int64_t cost, Task task, const void* context) {
-    if (count <= 1 || cost < kSmallWork || wanted_threads.load() == 1 || busy.test_and_set()) {
+    if (in_region && pool != nullptr && count > 1 && cost >= kSmallAwakeWork) return pool->run(count, task, context);
+    if (in_region || count <= 1 || cost < kSmallWork || wanted_threads.load() == 1 || busy.test_and_set()) {
         return run_here(count, task, context);
     }
     Pool* ready = ready_pool();
     const bool good = ready == nullptr ? run_here(count, task, context) : ready->run(count, task, context);
     busy.clear();
     return good;
+}
+
+Region::Region() : held_(!in_region && wanted_threads.load() > 1 && !busy.test_and_set()) {
+    if (!held_) return;
+    in_region = true;
+    if (Pool* ready = ready_pool()) ready->keep_awake(true);
+}
+
+Region::~Region() {
+    if (!held_) return;
+    if (pool != nullptr) pool->keep_awake(false);
+    in_region = false;
+    busy.clear();
 }
 
 float* scratch(int slot, size_t n_floats) {

@@ -1,0 +1,108 @@
+"""Decode steps of small batches, recorded once for each batch size and then run again in one native call.
+
+A step in which each sequence computes one token is the same sequence of ops on the same buffers every time; only the
+input tensors' contents differ. Knows the model and its inputs; what a tape is stands in `kernels/tape.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from exl2_rag.llm.forward_inputs import ForwardInputs
+from exl2_rag.llm.kernels import tape
+from exl2_rag.llm.kv_cache import KVCache
+
+MOST_ROWS = 8
+"""Sequences of a recorded step. With more, the ops are large enough to be handed out one by one."""
+
+MOST_TAPES = 4
+"""Batch sizes kept at a time: each holds the buffers of one step."""
+
+_logger = logging.getLogger(__name__)
+
+
+class Model(Protocol):
+    """What is recorded."""
+
+    def forward(self, inputs: ForwardInputs, cache: KVCache) -> Tensor:
+        """[L, V] float32 logits; writes keys and values of all rows into `cache`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    tape: tape.Tape
+    inputs: ForwardInputs
+    logits: Tensor
+
+
+class DecodeTapes:
+    """The recorded steps of one model over one cache.
+
+    Args:
+        model: runs on the CPU with native kernels.
+        cache: its keys and values; its memory must not move.
+        table_width: pages that the longest sequence has.
+    """
+
+    def __init__(self, model: Model, cache: KVCache, table_width: int) -> None:
+        self._model = model
+        self._cache = cache
+        self._table_width = table_width
+        self._recorded: OrderedDict[int, _Recorded] = OrderedDict()
+        self._is_recordable = tape.is_available()
+
+    def takes(self, n_rows: int) -> bool:
+        """Whether a step of this many sequences, one new token each, is run from a tape."""
+        return self._is_recordable and 1 <= n_rows <= MOST_ROWS
+
+    def run(self, inputs: ForwardInputs) -> Tensor:
+        """[B, V] float32 logits of B sequences with one new token each. Valid until the next step of the same size."""
+        n_rows = inputs.token_ids.shape[0]
+        found = self._recorded.get(n_rows)
+        if found is None:
+            return self._record(n_rows, inputs)
+        self._recorded.move_to_end(n_rows)
+        _fill(found.inputs, inputs)
+        found.tape.run()
+        return found.logits
+
+    def _record(self, n_rows: int, inputs: ForwardInputs) -> Tensor:
+        own = ForwardInputs(
+            token_ids=torch.empty_like(inputs.token_ids),
+            positions=torch.empty_like(inputs.positions),
+            slot_mapping=torch.empty_like(inputs.slot_mapping),
+            page_table=torch.full((n_rows, self._table_width), -1, dtype=torch.int32),
+            query_starts=torch.empty_like(inputs.query_starts),
+            context_lens=torch.empty_like(inputs.context_lens),
+            logit_rows=None,
+        )
+        _fill(own, inputs)
+        with tape.record() as recording:
+            logits = self._model.forward(own, self._cache)
+        if recording.problem is not None:
+            self._is_recordable = False
+            _logger.debug("decode steps are not recorded: %s", recording.problem)
+            return logits
+        self._recorded[n_rows] = _Recorded(recording, own, logits)
+        if len(self._recorded) > MOST_TAPES:
+            self._recorded.popitem(last=False)
+        return logits
+
+
+def _fill(target: ForwardInputs, source: ForwardInputs) -> None:
+    """Write one step's inputs over another's. What a page table has beyond its sequence is never read."""
+    for field in fields(ForwardInputs):
+        new = getattr(source, field.name)
+        if new is None:
+            continue
+        old = getattr(target, field.name)
+        if field.name == "page_table":
+            old = old[:, : new.shape[1]]
+        old.copy_(new)

@@ -1,0 +1,50 @@
+"""Memory for the weights of one model, in large pages where the system gives them.
+
+A decode step reads every weight once, so with pages of 4 KiB each step looks up each of some hundred thousand pages
+again. Matrices of a few megabytes lie badly for pages of 2 MiB when each is allocated by itself; here they follow each
+other in slabs that begin on such a page.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import sys
+
+import torch
+from torch import Tensor
+
+SLAB_BYTES = 64 << 20
+_LARGE_PAGE = 2 << 20
+_ALIGNMENT = 128
+_MADV_HUGEPAGE = 14
+
+
+class WeightMemory:
+    """Hands out parts of slabs. A slab lives as long as any part of it is used."""
+
+    def __init__(self, slab_bytes: int = SLAB_BYTES) -> None:
+        self._slab_bytes = slab_bytes
+        self._free = torch.empty(0, dtype=torch.uint8)
+
+    def empty(self, shape: tuple[int, ...]) -> Tensor:
+        """An uninitialised, contiguous uint8 tensor on the CPU, at an address that is a multiple of 128."""
+        n_bytes = math.prod(shape)
+        padded = -(-n_bytes // _ALIGNMENT) * _ALIGNMENT
+        if padded > self._free.numel():
+            if padded > self._slab_bytes // 2:  # a slab of its own; the current one goes on
+                return _slab(padded)[:n_bytes].view(shape)
+            self._free = _slab(self._slab_bytes)
+        part, self._free = self._free[:n_bytes], self._free[padded:]
+        return part.view(shape)
+
+
+def _slab(n_bytes: int) -> Tensor:
+    """At least `n_bytes` from the start of a large page on. Untouched parts cost no memory."""
+    memory = torch.empty(n_bytes + _LARGE_PAGE, dtype=torch.uint8)
+    start = -memory.data_ptr() % _LARGE_PAGE
+    slab = memory[start : start + n_bytes]
+    if sys.platform == "linux":
+        # A wish: where it is not granted, the pages are small ones.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(slab.data_ptr()), ctypes.c_size_t(n_bytes), _MADV_HUGEPAGE)
+    return slab
