@@ -19,13 +19,23 @@ from torch import Tensor
 
 from exl2_rag.errors import DeviceError, DTypeError, ShapeError
 from exl2_rag.llm.kernels import reference, registry
+from exl2_rag.llm.kernels.attention_ops import (
+    paged_attention_quantised,
+    paged_attention_shared,
+    quantise_kv_write,
+    sample,
+)
+from exl2_rag.llm.kernels.kv_format import QuantisedPages
 from exl2_rag.llm.kernels.native import native_available, set_num_threads
+from exl2_rag.llm.kernels.sampling_params import RowSampling
 from exl2_rag.llm.kernels.weights import TILE_COLUMNS, Exl2Weights, GptqWeights
 
 __all__ = [
     "TOLERANCES",
     "Exl2Weights",
     "GptqWeights",
+    "QuantisedPages",
+    "RowSampling",
     "Tolerance",
     "dense_matmul",
     "exl2_matmul",
@@ -34,8 +44,12 @@ __all__ = [
     "gptq_prepare",
     "native_available",
     "paged_attention",
+    "paged_attention_quantised",
+    "paged_attention_shared",
+    "quantise_kv_write",
     "rms_norm",
     "rope_cache_write",
+    "sample",
     "set_num_threads",
     "silu_mul",
 ]
