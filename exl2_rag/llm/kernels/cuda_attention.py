@@ -1,8 +1,8 @@
 """Launchers of attention over pages and of the write into quantised pages.
 
-Each takes the backend first, allocates its result and launches; nothing waits for the card, so all of it can be captured
-in a CUDA graph. Launch sizes come from shapes and from the bounds that the caller knows. What a row's result is depends
-on its position and cache alone, bit for bit, whatever is chosen here: see cuda/attention_batch.cuh.
+Each takes the backend first, allocates its result and launches; nothing waits for the card, so all of it can be
+captured in a CUDA graph. Launch sizes come from shapes and from the bounds that the caller knows. What a row's result
+is depends on its position and cache alone, bit for bit, whatever is chosen here: see cuda/attention_batch.cuh.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ MAX_HEAD_DIM: Final = 256
 _THREADS: Final = 128
 _LOG2_E: Final = 1.4426950408889634
 _PASS_ALL, _PASS_PREFIX, _PASS_REST = 0, 1, 2
-_SUFFIXES: Final = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
-_MODULES: Final = {**_SUFFIXES, 8: "q8", 6: "q6", 4: "q4"}
+_SUFFIXES: Final[dict[torch.dtype | int, str]] = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+_MODULES: Final[dict[torch.dtype | int, str]] = {**_SUFFIXES, 8: "q8", 6: "q6", 4: "q4"}
 _KEY_RUN: Final = 16  # keys that must lie in one page
+_MAX_UNITS: Final = 1 << 32  # that kernels count the addresses of pages in, see cuda/kv_pages.cuh
 _WARPS: Final = 4
 _WARP_LINES: Final = 16
 
@@ -57,8 +58,9 @@ class _Kernel:
     terms: torch.dtype | None
 
 
-def _choose_kernel(backend: Backend, q: Tensor, pages: Pages, page_size: int) -> _Kernel:
+def _choose_kernel(backend: Backend, q: Tensor, pages: Pages) -> _Kernel:
     head_dim = q.shape[2]
+    n_pages, page_size, kv_heads = (pages.codes if isinstance(pages, QuantisedPages) else pages).shape[:3]
     suffix = _SUFFIXES[q.dtype]
     kind = pages.bits if isinstance(pages, QuantisedPages) else pages.dtype
     if head_dim > MAX_HEAD_DIM:
@@ -68,8 +70,14 @@ def _choose_kernel(backend: Backend, q: Tensor, pages: Pages, page_size: int) ->
         return _Kernel("paged_attention_f32", f"paged_attention_{suffix}", shared_bytes, 16, 0, None)
     if head_dim % 8 or page_size % _KEY_RUN:
         raise ShapeError(
-            f"paged_attention: on CUDA heads must have a multiple of 8 numbers and pages a multiple of {_KEY_RUN} tokens, "
-            f"they have {head_dim} and {page_size}; only float32 pages take others"
+            f"paged_attention: on CUDA heads must have a multiple of 8 numbers and pages a multiple of {_KEY_RUN} "
+            f"tokens, they have {head_dim} and {page_size}; only float32 pages take others"
+        )
+    vectors = page_size * n_pages * kv_heads
+    if vectors * head_dim // 8 * 3 >= _MAX_UNITS:
+        raise KernelError(
+            f"paged_attention: {n_pages} pages of {page_size} tokens and {kv_heads} key heads of {head_dim} "
+            "numbers are more than one layer can address; make the cache smaller"
         )
     if kind == torch.bfloat16 and backend.arch < 80:
         raise KernelError(
@@ -118,14 +126,14 @@ def paged_attention(
 
     Raises:
         ShapeError: heads of more than 256 numbers or no multiple of 8, or pages of no multiple of 16 tokens.
-        KernelError: bfloat16 pages on a card that has none.
+        KernelError: bfloat16 pages on a card that has none, or more pages than a kernel can address.
     """
     rows, heads, head_dim = q.shape
     q = q if q.is_contiguous() and q.data_ptr() % 16 == 0 else q.clone(memory_format=torch.contiguous_format)
     result = torch.empty_like(q)
     k, v, k_scales, v_scales = _parts(k_pages, v_pages)
     page_size, kv_heads = k.shape[1], k.shape[2]
-    kernel = _choose_kernel(backend, q, k_pages, page_size)
+    kernel = _choose_kernel(backend, q, k_pages)
     batch = context_lens.shape[0]
     if rows == 0:
         return result
@@ -155,7 +163,18 @@ def paged_attention(
             (splits, kv_heads, tiles),
             (_THREADS, 1, 1),
             (
-                *(queries, k, v, k_scales, v_scales, page_table, query_starts, context_lens, group_starts, group_prefix_pages),
+                *(
+                    queries,
+                    k,
+                    v,
+                    k_scales,
+                    v_scales,
+                    page_table,
+                    query_starts,
+                    context_lens,
+                    group_starts,
+                    group_prefix_pages,
+                ),
                 *ends,
                 I32(batch),
                 I32(0 if group_prefix_pages is None else group_prefix_pages.shape[0]),
@@ -257,7 +276,9 @@ def quantise_kv_write(
     """
     rows, heads, head_dim = q.shape
     if head_dim > MAX_HEAD_DIM:
-        raise ShapeError(f"quantise_kv_write: heads of up to {MAX_HEAD_DIM} numbers are supported, these have {head_dim}")
+        raise ShapeError(
+            f"quantise_kv_write: heads of up to {MAX_HEAD_DIM} numbers are supported, these have {head_dim}"
+        )
     q, k, v = (_tokens_apart(tensor) for tensor in (q, k, v))
     result = torch.empty((rows, heads, head_dim), dtype=q.dtype, device=q.device)
     if rows == 0:

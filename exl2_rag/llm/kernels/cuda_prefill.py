@@ -1,7 +1,7 @@
 """Attention of steps with long prompts: library attention for sequences with many new rows, our kernel for the others.
 
-`cuda_attention.paged_attention` computes any batch and gives a row the same bits in all of them; from a few hundred rows
-on, library kernels are worth more than that. They are torch's own attention over keys and values gathered from the
+`cuda_attention.paged_attention` computes any batch and gives a row the same bits in all of them; from a few hundred
+rows on, library kernels are worth more than that. They are torch's own attention over keys and values gathered from the
 pages, or, where the package is installed and the pages suit it, flash-attn, which reads the pages itself. So a row that
 is computed in a slice of at least `MIN_ROWS` differs in the last bits from the same row computed in a smaller one. With
 `min_rows` above any slice the kernel computes everything.
@@ -15,7 +15,7 @@ import importlib
 import importlib.util
 from collections.abc import Sequence
 from functools import cache
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any, Final
 
 import torch
@@ -82,7 +82,7 @@ def paged_attention(
                     page_table[first:last],
                     query_starts[first : last + 1] - starts[0],
                     context_lens[first:last],
-                    max_rows=max(end - start for start, end in zip(starts, starts[1:], strict=False)),
+                    max_rows=max(end - start for start, end in pairwise(starts)),
                     max_context=max(contexts),
                     softmax_scale=softmax_scale,
                     sliding_window=sliding_window,
@@ -113,7 +113,7 @@ def paged_attention(
 
 
 def _suits_library(q: Tensor, k_pages: Pages, sliding_window: int, softcap: float) -> bool:
-    """Whether torch or flash-attn can take long sequences: same dtype, and what torch lacks only if flash-attn has it."""
+    """Whether torch or flash-attn can take long sequences; what torch lacks, flash-attn may have."""
     stored = torch.float16 if isinstance(k_pages, QuantisedPages) else k_pages.dtype
     if stored != q.dtype:
         return False
@@ -188,9 +188,11 @@ def _by_torch(
         last = min(kv_heads, first + step)
         keys, values = (_gather(part, pages, first, last)[:context] for part in (k_pages, v_pages))
         # Key heads are the batch; the query heads of one share its keys, which are not copied for each.
-        queries = q[:, first * repeats : last * repeats].unflatten(1, (last - first, repeats)).permute(1, 2, 0, 3)
-        shared = (part.permute(1, 0, 2)[:, None].expand(-1, repeats, -1, -1) for part in (keys, values))
-        mixed = F.scaled_dot_product_attention(queries, *shared, attn_mask=mask, scale=softmax_scale)
+        queries = q[:, first * repeats : last * repeats].reshape(count, -1, repeats, head_dim).permute(1, 2, 0, 3)
+        shared_keys, shared_values = (
+            part.permute(1, 0, 2)[:, None].expand(-1, repeats, -1, -1) for part in (keys, values)
+        )
+        mixed = F.scaled_dot_product_attention(queries, shared_keys, shared_values, attn_mask=mask, scale=softmax_scale)
         result[:, first * repeats : last * repeats] = mixed.permute(2, 0, 1, 3).flatten(1, 2)
     if isinstance(k_pages, QuantisedPages):
         return kv_format.rotate(result).to(q.dtype)

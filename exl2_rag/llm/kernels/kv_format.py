@@ -1,9 +1,9 @@
 """Quantised pages of the KV cache: how a key or value vector becomes codes and scales, and back.
 
-The format of q8, q6 and q4. A vector of D numbers is rotated by a normalised Walsh-Hadamard transform of each block of
-the largest power of two that divides D; then each group of 32 numbers becomes codes of b bits and a float16 scale:
+The format of q8, q6 and q4. A vector of D numbers is rotated by a normalised Walsh-Hadamard transform of each block
+of the largest power of two that divides D; then each group of 32 numbers becomes codes of b bits and a float16 scale:
 
-    scale = float16(x* / -2^(b-1))                    x* the number of largest magnitude in the group, the first of equals
+    scale = float16(x* / -2^(b-1))                    x* the number of largest magnitude, of equals the first
     code  = clamp(round(x / scale), -2^(b-1), 2^(b-1) - 1) + 2^(b-1)
     value = float16((code - 2^(b-1)) * scale)
 
@@ -89,7 +89,8 @@ class QuantisedPages:
         """
         if self.codes.dtype != torch.uint8 or self.scales.dtype != torch.float16:
             raise DTypeError(
-                f"{op}: {name} must have uint8 codes and float16 scales, it has {self.codes.dtype} and {self.scales.dtype}"
+                f"{op}: {name} must have uint8 codes and float16 scales, it has {self.codes.dtype} and "
+                f"{self.scales.dtype}"
             )
         shapes = f"{list(self.codes.shape)} and {list(self.scales.shape)}"
         if self.codes.dim() != 4 or self.scales.shape[:3] != self.codes.shape[:3] or self.scales.dim() != 4:

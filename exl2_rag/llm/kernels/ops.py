@@ -19,6 +19,12 @@ from torch import Tensor
 
 from exl2_rag.errors import DTypeError, ShapeError
 from exl2_rag.llm.kernels import reference, registry
+from exl2_rag.llm.kernels.attention_ops import (
+    paged_attention_quantised,
+    paged_attention_shared,
+    quantise_kv_write,
+    sample,
+)
 from exl2_rag.llm.kernels.checks import (
     FLOATS,
     check_activations,
@@ -28,6 +34,7 @@ from exl2_rag.llm.kernels.checks import (
     check_gptq_parts,
     product_target,
 )
+from exl2_rag.llm.kernels.kv_format import QuantisedPages
 from exl2_rag.llm.kernels.native import native_available, read_memory, set_num_threads
 from exl2_rag.llm.kernels.plane_ops import (
     add_into,
@@ -37,6 +44,7 @@ from exl2_rag.llm.kernels.plane_ops import (
     gptq_prepare_planes,
     plane_matmul,
 )
+from exl2_rag.llm.kernels.sampling_params import RowSampling
 from exl2_rag.llm.kernels.weight_memory import WeightMemory
 from exl2_rag.llm.kernels.weights import Digits, Exl2Weights, GptqWeights, PlaneWeights
 
@@ -46,6 +54,8 @@ __all__ = [
     "Exl2Weights",
     "GptqWeights",
     "PlaneWeights",
+    "QuantisedPages",
+    "RowSampling",
     "Tolerance",
     "WeightMemory",
     "add_into",
@@ -60,10 +70,14 @@ __all__ = [
     "gptq_prepare_planes",
     "native_available",
     "paged_attention",
+    "paged_attention_quantised",
+    "paged_attention_shared",
     "plane_matmul",
+    "quantise_kv_write",
     "read_memory",
     "rms_norm",
     "rope_cache_write",
+    "sample",
     "set_num_threads",
     "silu_mul",
 ]
@@ -81,8 +95,8 @@ TOLERANCES: Final[dict[str, Tolerance]] = {
     # Matmuls: float32 sums of K products of numbers around 1.
     "exl2_matmul": Tolerance(2e-5, 2e-5),
     "gptq_matmul": Tolerance(2e-5, 2e-5),
-    # On float16 activations. The result is rounded to float16 (2^-11 of it at most), and tensor cores add sixteen products
-    # at a time, cutting off below about 2^-23 of the largest number: with some hundred products around 1, 1e-5 a step.
+    # On float16 activations. The result is rounded to float16 (2^-11 of it at most), and tensor cores add sixteen
+    # products at a time, cutting off below about 2^-23 of the largest number: 1e-5 a step, with products around 1.
     "exl2_matmul_half": Tolerance(2e-4, 6e-4),
     "gptq_matmul_half": Tolerance(2e-4, 6e-4),
     "dense_matmul": Tolerance(2e-5, 2e-5),

@@ -95,7 +95,9 @@ def check_groups(group_starts: list[int], prefix_pages: list[int], page_table: T
     for group, count in enumerate(prefix_pages):
         rows = page_table[group_starts[group] : group_starts[group + 1]]
         if not 0 <= count <= page_table.shape[1] or bool((rows[:, :count] != rows[:1, :count]).any()):
-            raise ShapeError(f"paged_attention_shared: the sequences of group {group} do not share {count} leading pages")
+            raise ShapeError(
+                f"paged_attention_shared: the sequences of group {group} do not share {count} leading pages"
+            )
 
 
 def paged_attention_shared(

@@ -30,13 +30,15 @@ __device__ __forceinline__ int vector_bytes(int dim) {
     return kPages == kQ8 ? dim : kPages == kQ6 ? dim * 3 / 4 : kPages == kQ4 ? dim / 2 : dim * 2;
 }
 
-// Eight stored numbers, as they are loaded. `index` counts eights within the vector.
+// Eight stored numbers, as they are loaded: eight number `index` of the vector number `vector`. Addresses are counted in
+// the units of a load, with 32 bits: 64-bit ones of many vectors at a time would fill the registers. So the pages of a
+// layer may have up to 2^32 units (64 GiB in float16, 8 GiB in q6).
 template <int kPages>
 struct Eight {
     uint4 words;
 
-    __device__ __forceinline__ void load(const unsigned char* vector, int index, int) {
-        words = __ldg(reinterpret_cast<const uint4*>(vector) + index);
+    __device__ __forceinline__ void load(const unsigned char* pages, unsigned vector, int index, int dim) {
+        words = __ldg(reinterpret_cast<const uint4*>(pages) + (vector * (dim / 8) + index));
     }
     __device__ __forceinline__ void clear() { words = make_uint4(0, 0, 0, 0); }
     // Register i holds numbers 2i and 2i + 1.
@@ -63,8 +65,8 @@ template <>
 struct Eight<kQ8> {
     uint2 words;
 
-    __device__ __forceinline__ void load(const unsigned char* vector, int index, int) {
-        words = __ldg(reinterpret_cast<const uint2*>(vector) + index);
+    __device__ __forceinline__ void load(const unsigned char* pages, unsigned vector, int index, int dim) {
+        words = __ldg(reinterpret_cast<const uint2*>(pages) + (vector * (dim / 8) + index));
     }
     __device__ __forceinline__ void clear() { words = make_uint2(0, 0); }
     __device__ __forceinline__ void unpack(__half scale, unsigned (&pairs)[4]) const {
@@ -81,9 +83,9 @@ struct Eight<kQ6> {
     unsigned low;
     unsigned short high;
 
-    __device__ __forceinline__ void load(const unsigned char* vector, int index, int dim) {
-        low = __ldg(reinterpret_cast<const unsigned*>(vector) + index);
-        high = __ldg(reinterpret_cast<const unsigned short*>(vector + dim / 2) + index);
+    __device__ __forceinline__ void load(const unsigned char* pages, unsigned vector, int index, int dim) {
+        low = __ldg(reinterpret_cast<const unsigned*>(pages) + (vector * (dim / 16 * 3) + index));
+        high = __ldg(reinterpret_cast<const unsigned short*>(pages) + (vector * (dim / 8 * 3) + dim / 4 + index));
     }
     __device__ __forceinline__ void clear() { low = high = 0; }
     __device__ __forceinline__ void unpack(__half scale, unsigned (&pairs)[4]) const {
@@ -101,8 +103,8 @@ template <>
 struct Eight<kQ4> {
     unsigned low;
 
-    __device__ __forceinline__ void load(const unsigned char* vector, int index, int) {
-        low = __ldg(reinterpret_cast<const unsigned*>(vector) + index);
+    __device__ __forceinline__ void load(const unsigned char* pages, unsigned vector, int index, int dim) {
+        low = __ldg(reinterpret_cast<const unsigned*>(pages) + (vector * (dim / 8) + index));
     }
     __device__ __forceinline__ void clear() { low = 0; }
     __device__ __forceinline__ void unpack(__half scale, unsigned (&pairs)[4]) const {

@@ -29,9 +29,9 @@ __device__ __forceinline__ void packed_dequantise(const PackedMatrix& matrix, co
     const FlatSource source{reinterpret_cast<const unsigned char*>(matrix.stream + static_cast<unsigned>(place.x))};
     Format format;
     format.magic = hidden_magic(n_chunks);
-    format.load(source, static_cast<unsigned>(entry.z) * kUnitBytes, entry.x, lane);
+    format.load(source, static_cast<unsigned>(entry.z) * kStreamUnitBytes, entry.x, lane);
     unsigned weights[kLaneColumns][kLanePairs];
-    load_weights_of(info_bits(entry.x), weights, format, source, static_cast<unsigned>(entry.y) * kUnitBytes, lane);
+    load_weights_of(info_bits(entry.x), weights, format, source, static_cast<unsigned>(entry.y) * kStreamUnitBytes, lane);
 
     const int columns = gridDim.y * kTileColumns, column = blockIdx.y * kTileColumns + lane / 4 * 4;
 #pragma unroll

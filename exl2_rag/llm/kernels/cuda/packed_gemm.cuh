@@ -43,7 +43,7 @@ template <class Format, int kRowTiles>
 __device__ __forceinline__ void packed_gemm(const __half* x, const PackedMatrix& matrix, const Output& output, float* partial,
                                             int n_chunks, int n_rows, int n_sections, int slot_units) {
     constexpr int kRows = 8 * kRowTiles;
-    constexpr int kChunkUnitsX = kRows * kChunkRows * 2 / kUnitBytes;  // of x in one chunk
+    constexpr int kChunkUnitsX = kRows * kChunkRows * 2 / kStreamUnitBytes;  // of x in one chunk
     EXL2_DYNAMIC_SHARED(unsigned char, shared);
     const int lane = threadIdx.x % kWarpThreads, warp = threadIdx.x / kWarpThreads;
     const int tile = blockIdx.x * kGemmWarps + warp, section = blockIdx.y, row_block = blockIdx.z;
@@ -52,8 +52,8 @@ __device__ __forceinline__ void packed_gemm(const __half* x, const PackedMatrix&
     const int first = matrix.slices[section * per_section], end = matrix.slices[(section + 1) * per_section];
     const int n_steps = (end - first + kStepChunks - 1) / kStepChunks;
 
-    const int stage_bytes = kStepChunks * kChunkUnitsX * kUnitBytes + kGemmWarps * slot_units * kUnitBytes;
-    const int slot_offset = kStepChunks * kChunkUnitsX * kUnitBytes + warp * slot_units * kUnitBytes;
+    const int stage_bytes = kStepChunks * kChunkUnitsX * kStreamUnitBytes + kGemmWarps * slot_units * kStreamUnitBytes;
+    const int slot_offset = kStepChunks * kChunkUnitsX * kStreamUnitBytes + warp * slot_units * kStreamUnitBytes;
     const uint4* const x_units = reinterpret_cast<const uint4*>(x) + static_cast<long long>(row_block) * n_chunks * kChunkUnitsX;
     const int2 place = has_tile ? matrix.tiles[tile] : make_int2(0, 0);
     const int4* const chunks = matrix.chunks + place.y;
@@ -65,14 +65,14 @@ __device__ __forceinline__ void packed_gemm(const __half* x, const PackedMatrix&
             const int chunk = first + step * kStepChunks, last = min(chunk + kStepChunks, end) - 1;
             const uint4* const from = x_units + static_cast<long long>(chunk) * kChunkUnitsX;
             for (int i = threadIdx.x; i < (last - chunk + 1) * kChunkUnitsX; i += kGemmWarps * kWarpThreads) {
-                cp_async_16(stage + i * kUnitBytes, from + i);
+                cp_async_16(stage + i * kStreamUnitBytes, from + i);
             }
             if (has_tile) {
                 const int4 a = chunks[chunk], b = chunks[last];
                 const int header = a.z, data = a.y - Format::kHeaderUnits;
                 const int length = Format::kHeaderUnits + b.y + chunk_units(1) * info_bits(b.x) - a.y;
                 for (int i = lane; i < length; i += kWarpThreads) {
-                    cp_async_16(stage + slot_offset + i * kUnitBytes, stream + (i < Format::kHeaderUnits ? header : data) + i);
+                    cp_async_16(stage + slot_offset + i * kStreamUnitBytes, stream + (i < Format::kHeaderUnits ? header : data) + i);
                 }
             }
         }
@@ -103,10 +103,10 @@ __device__ __forceinline__ void packed_gemm(const __half* x, const PackedMatrix&
             if (chunk == header_chunk) {
                 header_chunk += info_chunks_left(info);
                 if (i > 0) position += Format::kHeaderUnits;  // the header lies between the two chunks
-                format.load(source, (position - Format::kHeaderUnits) * kUnitBytes, info, lane);
+                format.load(source, (position - Format::kHeaderUnits) * kStreamUnitBytes, info, lane);
             }
             unsigned weights[kLaneColumns][kLanePairs];
-            load_weights_of(bits, weights, format, source, position * kUnitBytes, lane);
+            load_weights_of(bits, weights, format, source, position * kStreamUnitBytes, lane);
             position += chunk_units(1) * bits;
             const uint4* const x_chunk = reinterpret_cast<const uint4*>(stage) + i * kChunkUnitsX + lane;
 #pragma unroll

@@ -46,7 +46,7 @@ constexpr int kLaneCopies = 1;
 __device__ constexpr int step_chunks(int) { return 1; }
 #endif
 constexpr int kGroupUnits = kLaneCopies * kWarpThreads;
-constexpr int kGroupBytes = kGroupUnits * kUnitBytes;
+constexpr int kGroupBytes = kGroupUnits * kStreamUnitBytes;
 constexpr int kRingBytes = kRingGroups * kGroupBytes;
 
 // Groups that may still be under way when chunks are wanted: the rest of the ring beyond those they may lie in.
@@ -95,10 +95,10 @@ struct SliceStream {
     // Queues one group of copies, empty when all is queued: waiting counts groups.
     __device__ __forceinline__ void issue(int lane) {
         if (left > 0) {
-            const SharedAddress target = ring + (filled + lane * kUnitBytes) % kRingBytes;
+            const SharedAddress target = ring + (filled + lane * kStreamUnitBytes) % kRingBytes;
             cp_async_16_if(target, matrix.stream + unit, lane < left);
             if (kLaneCopies > 1) {
-                cp_async_16_if(target + kWarpThreads * kUnitBytes, matrix.stream + (unit + kWarpThreads + jump),
+                cp_async_16_if(target + kWarpThreads * kStreamUnitBytes, matrix.stream + (unit + kWarpThreads + jump),
                                lane + kWarpThreads < left);
             }
             unit += kGroupUnits + jump;
@@ -264,14 +264,14 @@ struct SliceSum {
     __device__ __forceinline__ void add_chunks(int count, int info) {
         stream.template wait<kBits>(position, lane);
         format.load(source, position, info, lane);
-        position += Format::kHeaderUnits * kUnitBytes;
+        position += Format::kHeaderUnits * kStreamUnitBytes;
         while (true) {
 #pragma unroll
             for (int i = 0; i < step_chunks(kBits); ++i) {
                 unsigned weights[kLaneColumns][kLanePairs];
                 load_weights<kBits>(weights, format, source, position, lane);
                 product.multiply(weights, activations, rows);
-                position += chunk_units(kBits) * kUnitBytes;
+                position += chunk_units(kBits) * kStreamUnitBytes;
                 activations += rows * kChunkRows;
                 if (--count == 0) return;
             }

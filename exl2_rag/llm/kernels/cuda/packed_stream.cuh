@@ -43,14 +43,14 @@
 
 namespace exl2 {
 
-constexpr int kUnitBytes = 16;
+constexpr int kStreamUnitBytes = 16;
 constexpr unsigned kMagic = 0x64006400u;  // 1024.0 twice: its last mantissa bit is worth 1
 constexpr int kLaneColumns = 4;
 constexpr int kLanePairs = 4;  // of one column
 
 static_assert(kLaneColumns * kLanePairs * 2 * kWarpThreads == kChunkRows * kTileColumns, "a warp holds one chunk");
 
-__device__ constexpr int chunk_units(int bits) { return kChunkRows * kTileColumns * bits / 8 / kUnitBytes; }
+__device__ constexpr int chunk_units(int bits) { return kChunkRows * kTileColumns * bits / 8 / kStreamUnitBytes; }
 
 // ---- the table of chunks ----------------------------------------------------------------------------------------------
 // One int4 a chunk: {information, first unit in the tile's stream, first unit of its group's header, 0}. Information:

@@ -128,10 +128,11 @@ __device__ __forceinline__ float4& output_at(float4* outputs, int columns, int u
 
 // Fold one span into `state` and `outputs`.
 //     all_lines    whether `outputs` has room for lines 8 to 15
+//     is_alone     whether no other warp takes the span
 //     pages        the row of the page table
 template <int kPages, int kTerms>
 __device__ __forceinline__ void attend_span(State& state, float4* outputs, const Source& from,
-                                            const OwnLines& lines, bool all_lines, const int* pages, const Batch& batch,
+                                            const OwnLines& lines, bool all_lines, bool is_alone, const int* pages, const Batch& batch,
                                             int kv_head, int span_key, int n_keys, float scale, float softcap) {
     constexpr bool kBfloat = kPages == kBfloat16;
     const int lane = threadIdx.x % kWarpThreads, g = lane / 4, c = lane % 4;
@@ -146,13 +147,17 @@ __device__ __forceinline__ void attend_span(State& state, float4* outputs, const
     int vectors[4];  // of the steps: the number of the vector of its first key
 #pragma unroll
     for (int j = 0; j < 4; ++j) vectors[j] = __shfl_sync(kAllLanes, row_of_step, j) * batch.kv_heads + kv_head;
-    {  // All of V is wanted soon: bring it to the L2 cache while the scores are computed. Lane i: key i / 2 of each step.
+    {  // All of K and V is wanted soon: bring it to the L2 cache at once. Lane i: key i / 2 of each step; warps that have
+       // the same keys share the steps.
         const int lines = (bytes + 127) / 128;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            if (span_key + 16 * j + lane / 2 >= n_keys) continue;
-            const unsigned char* vector = from.v + static_cast<long long>(vectors[j] + lane / 2 * batch.kv_heads) * bytes;
-            for (int i = lane % 2; i < lines; i += 2) prefetch_l2(vector + 128 * i);
+            if (span_key + 16 * j + lane / 2 >= n_keys || (!is_alone && j != threadIdx.x / kWarpThreads)) continue;
+            const long long at = static_cast<long long>(vectors[j] + lane / 2 * batch.kv_heads) * bytes;
+            for (int i = lane % 2; i < lines; i += 2) {
+                prefetch_l2(from.k + at + 128 * i);
+                prefetch_l2(from.v + at + 128 * i);
+            }
         }
     }
 
@@ -173,8 +178,8 @@ __device__ __forceinline__ void attend_span(State& state, float4* outputs, const
             for (int line = 0; line < 2; ++line) {
                 query[term][line] = make_uint4(0, 0, 0, 0);
                 if (is_inside) {
-                    const unsigned short* vector = from.q + static_cast<long long>(lines.query[line] * kTerms + term) * from.dim;
-                    query[term][line] = __ldg(reinterpret_cast<const uint4*>(vector) + 4 * i + c);
+                    const unsigned at = (lines.query[line] * kTerms + term) * (from.dim / 8) + 4 * i + c;
+                    query[term][line] = __ldg(reinterpret_cast<const uint4*>(from.q) + at);
                 }
             }
         }
@@ -185,11 +190,11 @@ __device__ __forceinline__ void attend_span(State& state, float4* outputs, const
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int key = 8 * half + g;
-                const long long vector = vectors[j] + key * batch.kv_heads;  // its address is 64 bits, but short-lived
+                const unsigned vector = vectors[j] + key * batch.kv_heads;
                 stored[j][half].clear();
                 scales[j][half] = __half();
                 if (is_inside && span_key + 16 * j + key < n_keys) {
-                    stored[j][half].load(from.k + vector * bytes, 4 * i + c, from.dim);
+                    stored[j][half].load(from.k, vector, 4 * i + c, from.dim);
                     if (is_quantised(kPages)) scales[j][half] = __ldg(from.k_scales + vector * n_groups + i);
                 }
             }
@@ -260,18 +265,20 @@ __device__ __forceinline__ void attend_span(State& state, float4* outputs, const
 #pragma unroll
             for (int e = 0; e < 4; ++e) output[t][e] = 0.0f;
         }
-#pragma unroll
+        const bool is_inside = 64 * u + 8 * g < from.dim;
+        // Not unrolled, for the same reason; instead of an index, which registers do not have, the steps move up by one.
+#pragma unroll 1
         for (int j = 0; j < 4; ++j) {
             unsigned pairs[4][4];  // [key][two numbers]
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int key = 2 * c + i % 2 + 8 * (i / 2);
-                const long long vector = vectors[j] + key * batch.kv_heads;
+                const unsigned vector = vectors[0] + key * batch.kv_heads;
                 Eight<kPages> stored;
                 __half value_scale = __half();
                 stored.clear();
-                if (span_key + 16 * j + key < n_keys && 64 * u + 8 * g < from.dim) {
-                    stored.load(from.v + vector * bytes, 8 * u + g, from.dim);
+                if (is_inside && span_key + 16 * j + key < n_keys) {
+                    stored.load(from.v, vector, 8 * u + g, from.dim);
                     if (is_quantised(kPages)) value_scale = __ldg(from.v_scales + vector * n_groups + 2 * u + g / 4);
                 }
                 stored.unpack(value_scale, pairs[i]);
@@ -282,7 +289,21 @@ __device__ __forceinline__ void attend_span(State& state, float4* outputs, const
                 const unsigned b0 = __byte_perm(pairs[0][t / 2], pairs[1][t / 2], halves);
                 const unsigned b1 = __byte_perm(pairs[2][t / 2], pairs[3][t / 2], halves);
 #pragma unroll
-                for (int term = 0; term < kTerms; ++term) multiply<kPages>(output[t], weights[j][term], b0, b1);
+                for (int term = 0; term < kTerms; ++term) multiply<kPages>(output[t], weights[0][term], b0, b1);
+            }
+            const int vector = vectors[0];
+#pragma unroll
+            for (int n = 0; n < 3; ++n) vectors[n] = vectors[n + 1];
+            vectors[3] = vector;
+#pragma unroll
+            for (int term = 0; term < kTerms; ++term) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const unsigned word = weights[0][term][i];
+#pragma unroll
+                    for (int n = 0; n < 3; ++n) weights[n][term][i] = weights[n + 1][term][i];
+                    weights[3][term][i] = word;
+                }
             }
         }
 #pragma unroll
@@ -437,7 +458,7 @@ __device__ __forceinline__ void paged_attention(const Source& from, const Batch&
         for (int span = first_span; span < last_span; ++span) {
             const int span_key = split * kSplitKeys + span * kSpanKeys;
             if (__any_sync(kAllLanes, lines.sees(span_key, span_key + kSpanKeys))) {
-                attend_span<kPages, kTerms>(state, outputs, from, lines, !spans_apart || apart_lines > 8, pages, batch, kv_head,
+                attend_span<kPages, kTerms>(state, outputs, from, lines, !spans_apart || apart_lines > 8, spans_apart, pages, batch, kv_head,
                                             span_key, range.n_keys, scale, softcap);
             }
             // The warps share K and V through the L1 cache: keep them together.
@@ -463,7 +484,7 @@ __device__ __forceinline__ void paged_attention(const Source& from, const Batch&
 }  // namespace exl2
 
 #define EXL2_PAGED_ATTENTION(name, kTerms)                                                                              \
-    extern "C" __global__ void __launch_bounds__(128, 2)                                                                 \
+    extern "C" __global__ void __launch_bounds__(128, 3)                                                                 \
         name(const unsigned short* q, const unsigned char* k, const unsigned char* v, const __half* k_scales,           \
              const __half* v_scales, const int* page_table, const int* query_starts, const int* context_lens,           \
              const int* group_starts, const int* group_prefix_pages, float* outputs, float* sums, float* total_outputs, \

@@ -115,7 +115,11 @@ def test_a_query_sees_exactly_the_last_keys_of_its_window(kind, window):
 @pytest.mark.parametrize("kind", ["f32", "f16", "q6"])
 def test_softcap_and_sinks_are_as_the_reference(kind):
     case = make_case(kind, RAGGED, heads=8, kv_heads=2, head_dim=32)
-    for options in ({"softcap": 0.7}, {"sinks": normal(8, seed=3)}, {"softcap": 2.0, "sinks": normal(8), "sliding_window": 9}):
+    for options in (
+        {"softcap": 0.7},
+        {"sinks": normal(8, seed=3)},
+        {"softcap": 2.0, "sinks": normal(8), "sliding_window": 9},
+    ):
         plain = expected(case)
         wanted = expected(case, **options)
         assert (wanted - plain).abs().max() > 1e-2
@@ -147,7 +151,9 @@ def test_units_taken_in_turn_fold_all_their_splits(monkeypatch, kind):
     monkeypatch.setattr(cuda_attention, "_LARGE_WORKSPACE_BYTES", 0)
     case = make_case(kind, [(20, 900), (1, 600), (3, 800)], heads=4, kv_heads=2)
     for window in (0, 300):
-        assert_near(attend(EmulatedBackend(80), case, sliding_window=window), expected(case, sliding_window=window), kind)
+        assert_near(
+            attend(EmulatedBackend(80), case, sliding_window=window), expected(case, sliding_window=window), kind
+        )
 
 
 def test_bounds_that_the_caller_knows_change_nothing():
@@ -275,7 +281,9 @@ def test_what_is_not_supported_is_refused():
 # ---- writing quantised pages ----------------------------------------------------------------------------------------
 
 
-def write_arguments(rows: int, *, bits: int, head_dim: int, rotary: int, dtype=torch.float32, heads=4, kv_heads=2, seed=0):
+def write_arguments(
+    rows: int, *, bits: int, head_dim: int, rotary: int, dtype=torch.float32, heads=4, kv_heads=2, seed=0
+):
     q, k, v = (normal(rows, n, head_dim, seed=seed + n).to(dtype) for n in (heads, kv_heads, kv_heads + 1))
     v = v[:, :kv_heads]  # strided
     angles = torch.rand(40, rotary // 2, generator=torch.Generator().manual_seed(seed)) * 6

@@ -99,7 +99,9 @@ def test_flash_attn_is_given_pages_and_lengths_where_it_is_installed(monkeypatch
             softcap=softcap,
         )
 
-    monkeypatch.setattr(cuda_prefill, "_flash_attn", lambda: SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
+    monkeypatch.setattr(
+        cuda_prefill, "_flash_attn", lambda: SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
+    )
     case = make_case("f16", MIXED, exact=False, page_size=256)
     assert_near(attend(case, **options), expected(case, **options), "f16")
     assert calls == [2, 1]

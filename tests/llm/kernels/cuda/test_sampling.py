@@ -118,7 +118,9 @@ def test_equal_logits_keep_the_lowest_ids(vocab_size):
     logits = torch.zeros(5, vocab_size)
     logits[1, 20:] = -0.0
     logits[2] = torch.arange(vocab_size) % 3
-    rows = params([(0.0, 0, 1.0, 0.0), (1.0, 0, 0.1, 0.0), (1.0, 0, 0.2, 0.0), (1.0, 2, 1.0, 0.0), (3.0, 0, 0.999, 0.5)])
+    rows = params(
+        [(0.0, 0, 1.0, 0.0), (1.0, 0, 0.1, 0.0), (1.0, 0, 0.2, 0.0), (1.0, 2, 1.0, 0.0), (3.0, 0, 0.999, 0.5)]
+    )
     for seed in range(2):
         rows.seeds.fill_(seed)
         tokens, _ = cuda_sampling.sample(EmulatedBackend(80), logits, None, rows)
