@@ -1,8 +1,8 @@
 """Decode steps as CUDA graphs: some hundred launches of a step recorded once and replayed in one call.
 
 A graph is fixed in its sizes and its addresses. So there is one for each bucket of batch sizes and of page table
-widths, captured when a step first needs it; smaller steps are padded. Inputs are copied into the buffers that it was
-captured with, and its logits lie where they lay then, until the next replay.
+widths, with shared prefixes and without, captured when a step first needs it; smaller steps are padded. Inputs are
+copied into the buffers that it was captured with, and its logits lie where they lay then, until the next replay.
 
 What a row gives does not depend on the padding: rows are independent of each other in every kernel of a decode step.
 """
@@ -102,7 +102,7 @@ class DecodeGraphs:
         self._device = device
         self._max_pages = max_pages
         self._recorder = TorchRecorder(device) if recorder is None else recorder
-        self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._graphs: dict[tuple[int, int, bool], _Graph] = {}
         self.failure: str | None = None
 
     @property
@@ -118,12 +118,13 @@ class DecodeGraphs:
         bucket = next(size for size in BATCH_BUCKETS if size >= batch)
         padded = arrays.padded(bucket, self._width(arrays.page_table.shape[1]))
         words = host_tensor(padded.pack(), self._device)
-        graph = self._graphs.get(padded.page_table.shape)
+        key = (bucket, padded.page_table.shape[1], padded.group_starts is not None)
+        graph = self._graphs.get(key)
         if graph is None:
             graph = self._record(padded, words.to(self._device, non_blocking=True))
             if graph is None:
                 return None
-            self._graphs[padded.page_table.shape] = graph
+            self._graphs[key] = graph
         graph.words.copy_(words, non_blocking=True)
         graph.replay()
         return graph.logits[:batch]

@@ -182,7 +182,7 @@ def _runner(
         device,
         max_pages=-(-engine_config.sequence_limit // engine_config.page_size),
     )
-    return ModelRunner(cuda_model, cache, device, decode_graphs=graphs)
+    return ModelRunner(cuda_model, cache, device, decode_graphs=graphs, shares_prefixes=True)
 
 
 def make_cache(config: ModelConfig, engine_config: EngineConfig) -> KVCache:

@@ -38,6 +38,8 @@ class ForwardInputs:
         page_table: [B, MP] int32, the pages of each sequence in order; unused entries are -1.
         query_starts: [B + 1] int32; the new tokens of sequence b are rows query_starts[b] to query_starts[b + 1].
         context_lens: [B] int32, tokens of sequence b in the cache once this step's tokens are written.
+        group_starts: [NG + 1] int32, or None; sequences group_starts[g] to group_starts[g + 1] share leading pages.
+        group_prefix_pages: [NG] int32: how many.
         lengths: `query_starts` and `context_lens` once more, for who must not wait for a card to know them; or None.
         logit_rows: [L] int64, the rows of which logits are wanted; None: of every row, in order.
     """
@@ -50,6 +52,8 @@ class ForwardInputs:
     context_lens: Tensor
     logit_rows: Tensor | None
     lengths: HostLengths | None = None
+    group_starts: Tensor | None = None
+    group_prefix_pages: Tensor | None = None
 
     @staticmethod
     def single(token_ids: Tensor, *, start: int, pages: Tensor, page_size: int) -> ForwardInputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence as Seq
 from typing import Protocol
 
@@ -14,8 +15,12 @@ from exl2_rag.llm.decode_tapes import DecodeTapes
 from exl2_rag.llm.forward_inputs import ForwardInputs
 from exl2_rag.llm.kv_cache import KVCache
 from exl2_rag.llm.page_table import PageCopy
+from exl2_rag.llm.prefix_groups import PrefixGroups, group_by_prefix
 from exl2_rag.llm.scheduler import Slice
 from exl2_rag.llm.step_arrays import StepArrays
+
+MIN_SHARED_TOKENS = 256
+"""Tokens that sequences must share for a pass of its own over them to pay; one split of attention's work."""
 
 
 class Model(Protocol):
@@ -35,6 +40,7 @@ class ModelRunner:
         device: where the inputs go.
         decode_tapes, decode_graphs: run the steps in which every sequence decodes, where they take them; on the CPU and
             on a card.
+        shares_prefixes: the model reads pages that sequences of a decode step share once for all of them.
     """
 
     def __init__(
@@ -45,12 +51,14 @@ class ModelRunner:
         *,
         decode_tapes: DecodeTapes | None = None,
         decode_graphs: DecodeGraphs | None = None,
+        shares_prefixes: bool = False,
     ) -> None:
         self.cache = cache
         self._model = model
         self._device = device
         self._decode_tapes = decode_tapes
         self._decode_graphs = decode_graphs
+        self._shares_prefixes = shares_prefixes
 
     def copy_rows(self, copies: Seq[PageCopy]) -> None:
         """Carry out the copies, in their order."""
@@ -66,8 +74,30 @@ class ModelRunner:
             evaluation asks for, or none. Valid until the next call.
         """
         wanted = [wanted_rows(one) for one in slices]
-        logits = self._logits(self._arrays(slices, wanted))
-        return list(torch.split(logits, [len(rows) for rows in wanted]))
+        groups = self._shared_prefixes(slices)
+        if groups is None:
+            logits = self._logits(self._arrays(slices, wanted))
+            return list(torch.split(logits, [len(rows) for rows in wanted]))
+        # Sequences that share pages must be neighbours; their logits go back to where they were asked for.
+        arrays = self._arrays([slices[index] for index in groups.order], [wanted[index] for index in groups.order])
+        arrays = dataclasses.replace(
+            arrays,
+            group_starts=np.array(groups.starts, dtype=np.int32),
+            group_prefix_pages=np.array(groups.prefix_pages, dtype=np.int32),
+        )
+        parts = torch.split(self._logits(arrays), [len(wanted[index]) for index in groups.order])
+        place = {index: position for position, index in enumerate(groups.order)}
+        return [parts[place[index]] for index in range(len(slices))]
+
+    def _shared_prefixes(self, slices: Seq[Slice]) -> PrefixGroups | None:
+        """The groups of a decode step whose shared pages are worth reading once; None for other steps."""
+        if not self._shares_prefixes or len(slices) < 2 or any(one.n_tokens > 1 for one in slices):
+            return None
+        page_size = self.cache.page_size
+        # Pages before the one that this step writes to: full, and never written again.
+        pages = [one.sequence.held.pages[: one.start // page_size] for one in slices if one.sequence.held is not None]
+        groups = group_by_prefix(pages, min_pages=max(1, MIN_SHARED_TOKENS // page_size))
+        return groups if groups.shares else None
 
     def _logits(self, arrays: StepArrays) -> Tensor:
         if self._decode_graphs is not None:

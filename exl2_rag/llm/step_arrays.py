@@ -4,7 +4,8 @@ On a card everything travels in one piece: seven small copies would each cost as
 row of 64-bit words, in this order; 32-bit numbers lie two to a word:
 
     64-bit: token_ids [T], positions [T], slot_mapping [T], logit_rows [L]
-    32-bit: page_table [B * MP], query_starts [B + 1], context_lens [B]
+    32-bit: page_table [B * MP], query_starts [B + 1], context_lens [B], and of a step whose sequences share pages
+            group_starts [NG + 1], group_prefix_pages [NG]
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class StepArrays:
     query_starts: NDArray[np.int32]
     context_lens: NDArray[np.int32]
     logit_rows: NDArray[np.int64] | None
+    group_starts: NDArray[np.int32] | None = None
+    group_prefix_pages: NDArray[np.int32] | None = None
 
     @property
     def is_decode(self) -> bool:
@@ -54,6 +57,15 @@ class StepArrays:
         page_table = np.full((batch, n_pages), -1, dtype=np.int32)
         page_table[:n_tokens, : self.page_table.shape[1]] = self.page_table
         page_table[n_tokens:, 0] = 0
+        group_starts = group_prefix_pages = None
+        if self.group_starts is not None and self.group_prefix_pages is not None:
+            # Each padding row is a group by itself; what is left of the groups is empty.
+            n_groups = len(self.group_prefix_pages)
+            group_starts = np.full(batch + 1, batch, dtype=np.int32)
+            group_starts[: n_groups + 1] = self.group_starts
+            group_starts[n_groups : n_groups + more] = np.arange(n_tokens, batch)
+            group_prefix_pages = np.zeros(batch, dtype=np.int32)
+            group_prefix_pages[:n_groups] = self.group_prefix_pages
         return StepArrays(
             token_ids=extended(self.token_ids, 0),
             positions=extended(self.positions, 0),
@@ -62,18 +74,23 @@ class StepArrays:
             query_starts=np.arange(batch + 1, dtype=np.int32),
             context_lens=np.concatenate([self.context_lens, np.ones(more, dtype=np.int32)]),
             logit_rows=None,
+            group_starts=group_starts,
+            group_prefix_pages=group_prefix_pages,
         )
 
     def pack(self) -> NDArray[np.int64]:
         """All of it in one row of words."""
         rows = self.token_ids[:0] if self.logit_rows is None else self.logit_rows
         long = (self.token_ids, self.positions, self.slot_mapping, rows)
-        short = (self.page_table.reshape(-1), self.query_starts, self.context_lens)
+        short = [self.page_table.reshape(-1), self.query_starts, self.context_lens, *self._groups()]
         n_long, n_short = sum(map(len, long)), sum(map(len, short))
         words = np.zeros(n_long + -(-n_short // 2), dtype=np.int64)
         np.concatenate(long, out=words[:n_long])
         np.concatenate(short, out=words[n_long:].view(np.int32)[:n_short])
         return words
+
+    def _groups(self) -> list[NDArray[np.int32]]:
+        return [part for part in (self.group_starts, self.group_prefix_pages) if part is not None]
 
     def unpack(self, words: Tensor) -> ForwardInputs:
         """Views of what `pack` made of arrays of these sizes, wherever it is now."""
@@ -82,8 +99,8 @@ class StepArrays:
         token_ids, positions, slots, logit_rows, rest = torch.split(
             words, [n_tokens, n_tokens, n_tokens, n_rows, len(words) - 3 * n_tokens - n_rows]
         )
-        sizes = [batch * n_pages, batch + 1, batch]
-        page_table, query_starts, context_lens = torch.split(rest.view(torch.int32)[: sum(sizes)], sizes)
+        sizes = [batch * n_pages, batch + 1, batch, *(len(part) for part in self._groups())]
+        page_table, query_starts, context_lens, *groups = torch.split(rest.view(torch.int32)[: sum(sizes)], sizes)
         return ForwardInputs(
             token_ids=token_ids,
             positions=positions,
@@ -92,6 +109,8 @@ class StepArrays:
             query_starts=query_starts,
             context_lens=context_lens,
             logit_rows=None if self.logit_rows is None else logit_rows,
+            group_starts=groups[0] if groups else None,
+            group_prefix_pages=groups[1] if groups else None,
         )
 
     def to(self, device: torch.device) -> ForwardInputs:

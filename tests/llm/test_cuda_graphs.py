@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from exl2_rag.llm import model_runner
 from exl2_rag.llm.checkpoint import Checkpoint
 from exl2_rag.llm.config import ModelConfig
 from exl2_rag.llm.cuda_graphs import BATCH_BUCKETS, DecodeGraphs
@@ -107,7 +108,7 @@ def test_where_recording_fails_steps_go_on_without_and_it_is_said_once(caplog):
     assert [record.message.count("operation not permitted") for record in caplog.records] == [1]
 
 
-def engine_of(model_dir: Path, cache_dtype: str, recorder: Replayer | None) -> Engine:
+def engine_of(model_dir: Path, cache_dtype: str, recorder: Replayer | None, *, shares_prefixes: bool = True) -> Engine:
     """An engine as the loader makes it for a card, on the emulation."""
     config = ModelConfig.from_dir(model_dir)
     shape = ModelShape(config.max_seq_len, 2 * config.n_layers * config.n_kv_heads * config.head_dim, False)
@@ -130,7 +131,7 @@ def engine_of(model_dir: Path, cache_dtype: str, recorder: Replayer | None) -> E
     if recorder is not None:
         graphs = DecodeGraphs(lambda inputs: model.forward(inputs, cache), CPU, max_pages=32, recorder=recorder)
     tokenizer = Tokenizer.from_dir(model_dir)
-    runner = ModelRunner(model, cache, CPU, decode_graphs=graphs)
+    runner = ModelRunner(model, cache, CPU, decode_graphs=graphs, shares_prefixes=shares_prefixes)
     return Engine(runner, settings, TokenizerText(tokenizer, config.vocab_size), vocab_size=config.vocab_size)
 
 
@@ -155,3 +156,18 @@ def test_an_engine_gives_the_same_tokens_with_graphs_and_without_alone_and_in_a_
     assert recorder.n_replays >= 5
     assert with_graphs == generate(engine_of(model_dir, cache_dtype, None), prompts)
     assert with_graphs[2:3] == generate(engine_of(model_dir, cache_dtype, None), prompts[2:3])
+
+
+def test_reading_shared_pages_once_changes_no_token(tmp_path, monkeypatch):
+    monkeypatch.setattr(model_runner, "MIN_SHARED_TOKENS", 16)
+    model_dir = make_model_dir(tmp_path, quantised=True)
+    document, other = tuple(range(5, 45)), tuple(range(60, 95))
+    prompts = [(*document, 1), (*other, 2), (*document, 3), (7, 8), (*other, 4)]
+    recorder, groups = Replayer(), []
+    grouped = model_runner.group_by_prefix
+    monkeypatch.setattr(
+        model_runner, "group_by_prefix", lambda *args, **options: groups.append(grouped(*args, **options)) or groups[-1]
+    )
+    shared = generate(engine_of(model_dir, "fp16", recorder), prompts)
+    assert max(sum(pages > 0 for pages in one.prefix_pages) for one in groups) == 2
+    assert shared == generate(engine_of(model_dir, "fp16", None, shares_prefixes=False), prompts)

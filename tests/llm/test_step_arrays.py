@@ -41,6 +41,18 @@ def test_what_is_packed_comes_out_again(lengths, n_pages, n_rows):
         assert np.array_equal(tensor.numpy(), array), field.name
 
 
+def test_groups_are_packed_and_padded_with_the_rest():
+    one = dataclasses.replace(
+        arrays([(1, 5), (1, 9), (1, 2)], n_pages=2, n_rows=None),
+        group_starts=np.array([0, 2, 3], dtype=np.int32),
+        group_prefix_pages=np.array([1, 0], dtype=np.int32),
+    )
+    inputs = one.padded(8, 4).to(CPU)
+    assert inputs.group_starts.tolist() == [0, 2, 3, 4, 5, 6, 7, 8, 8]
+    assert inputs.group_prefix_pages.tolist() == [1, 0, 0, 0, 0, 0, 0, 0]
+    assert one.to(CPU).group_starts.tolist() == [0, 2, 3]
+
+
 def test_a_padded_step_keeps_its_rows_and_writes_nowhere_else():
     one = arrays([(1, 5), (1, 9), (1, 2)], n_pages=2, n_rows=None)
     padded = one.padded(8, 4)

@@ -157,7 +157,14 @@ class CudaDecoder:
                 min_rows=cuda_prefill.MIN_ROWS,
             )
         else:
-            mixed = cuda_attention.paged_attention(self._backend, *batch, softmax_scale=scale, sliding_window=window)
+            mixed = cuda_attention.paged_attention(
+                self._backend,
+                *batch,
+                softmax_scale=scale,
+                sliding_window=window,
+                group_starts=inputs.group_starts,
+                group_prefix_pages=inputs.group_prefix_pages,
+            )
         layer.o_proj.add_to(hidden, mixed.flatten(1))
 
 
