@@ -25,8 +25,8 @@ class EngineSettings(_Section):
     device: str = "auto"
     max_seq_len: int | None = Field(default=None, ge=16)
     cache_tokens: int | None = Field(default=None, ge=16)
-    cache_dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
-    precision: Literal["auto", "exact"] = "auto"
+    cache_dtype: Literal["auto", "fp16", "bf16", "fp32", "q8", "q6", "q4"] = "auto"
+    precision: Literal["auto", "exact", "fast"] = "auto"
     max_batch_size: int | None = Field(default=None, ge=1)
     num_threads: int | None = Field(default=None, ge=1)
 

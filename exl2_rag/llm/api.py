@@ -41,11 +41,11 @@ class ExL2LLM:
 
     Args:
         model_dir: a directory with an EXL2, GPTQ 4-bit or plain safetensors model.
-        device: "auto" or "cpu".
+        device: "auto" (the first GPU that kernels can run on, else the CPU), "cpu", "cuda" or such as "cuda:1".
         max_seq_len: tokens of prompt and continuation together; default: the model's own.
         cache_tokens: tokens of KV cache for all requests together; default: what fits a share of the free memory.
-        cache_dtype: "auto", "fp16", "bf16" or "fp32".
-        precision: "auto" or "exact".
+        cache_dtype: "auto", "fp16", "bf16" or "fp32"; on a GPU also "q8", "q6" or "q4".
+        precision: "auto", "exact" (float32 activations) or "fast" (16-bit ones).
         max_batch_size: sequences computed together; default: 32, or what the cache allows.
         num_threads: threads of the CPU kernels, in the whole process; default: the processors it may use.
         page_size: tokens of a cache page; 16, 32, 64, 128 or 256.

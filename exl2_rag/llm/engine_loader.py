@@ -167,6 +167,7 @@ def _runner(
         )
         cache = make_cache(config, engine_config)
         return ModelRunner(model, cache, device, decode_tapes=DecodeTapes(model, cache, -(-limit // cache.page_size)))
+    cuda_runtime.prepare(backend)
     cuda_model = load_cuda_model(
         model_dir,
         config,

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
+import os
 import struct
 import threading
 from collections.abc import Callable, Sequence
@@ -20,9 +22,11 @@ from torch import Tensor
 
 from exl2_rag.errors import DeviceError, DeviceMemoryError, KernelError
 from exl2_rag.llm.kernels import cuda_compiler
-from exl2_rag.llm.kernels.cuda_backend import F32, I32, MIN_ARCHITECTURE, Argument, Dim3
+from exl2_rag.llm.kernels.cuda_backend import F32, I32, MIN_ARCHITECTURE, Argument, Backend, Dim3, modules
 from exl2_rag.llm.kernels.cuda_compiler import INSTALL_HINT, CompiledModule
 from exl2_rag.llm.kernels.cuda_driver import Card, Driver, DriverError, Handle, NvidiaDriver
+
+_logger = logging.getLogger(__name__)
 
 _SHARED_WITHOUT_ASKING: Final = 48 << 10  # bytes; a kernel must be allowed more
 
@@ -265,6 +269,18 @@ def open_card(index: int) -> CudaBackend:
             f"{card.name} is there, but this torch ({torch.__version__}) cannot use it; install a torch built for CUDA"
         )
     return CudaBackend(index, driver, cuda_compiler.module_cache(), card)
+
+
+def prepare(backend: Backend) -> None:
+    """Compile every module for the card, as many at a time as there are processors; nothing to do if they are kept.
+
+    At first use one by one they would take minutes. A module that does not compile says so when it is launched.
+    """
+    kept = cuda_compiler.module_cache()
+    missing = [module for module in modules() if not kept.has(module, backend.arch)]
+    if missing:
+        _logger.warning("compiling %d CUDA modules for sm_%d: once, for a minute or so", len(missing), backend.arch)
+        cuda_compiler.build_all([backend.arch], missing, jobs=os.cpu_count() or 1)
 
 
 def unusable_because(index: int = 0) -> str | None:

@@ -225,7 +225,7 @@ def dense_gemv(
     vectorised = in_features % 8 == 0 and x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
     backend.launch(
         "dense_gemv",
-        f"dense_gemv_{_SUFFIXES[x.dtype]}_{_SUFFIXES[weight.dtype]}_{_SUFFIXES[y.dtype]}_r{rows_per_block}",
+        f"dense_gemv_{_SUFFIXES[x.dtype]}_{_SUFFIXES[weight.dtype]}_r{rows_per_block}",
         (ceil_div(out_features, _GEMV_WARPS), ceil_div(rows, rows_per_block), 1),
         (_GEMV_WARPS * WARP_THREADS, 1, 1),
         (
@@ -237,6 +237,7 @@ def dense_gemv(
             I32(out_features),
             I32(rows),
             I64(y.stride(0)),
+            I32(y.dtype == torch.float16),
             I32(residual is not None),
             I32(vectorised),
         ),

@@ -3,7 +3,8 @@
 //     x     [T, K]  float32 or float16, contiguous
 //     w     [N, K]  float32, float16 or bfloat16, contiguous
 //     bias  [N]     float32, or null
-//     y     [T, N]  float32 or float16, rows y_stride numbers apart; with `accumulate` (y float32) the sum is added to it
+//     y     [T, N]  float16 if y_is_half, else float32; rows y_stride numbers apart; with `accumulate` (float32) the sum
+//                   is added to it
 //
 // A warp computes one column n for kRows rows: lane l takes numbers 8l to 8l + 7 of each run of 256, so that a warp
 // reads 512 bytes of w in one go, and x, which all warps read, comes from the L1 cache. Bounded by the bytes of w.
@@ -39,10 +40,10 @@ __device__ __forceinline__ void load_8(const T* at, float (&x)[8]) {
 }
 
 // kRows: rows of x that share a reading of w.
-template <class X, class W, class Y, int kRows>
-__device__ __forceinline__ void dense_gemv(const X* x, const W* w, const float* bias, Y* y, int in_features,
-                                           int out_features, int rows, long long y_stride, int accumulate,
-                                           int vectorised) {
+template <class X, class W, int kRows>
+__device__ __forceinline__ void dense_gemv(const X* x, const W* w, const float* bias, void* y, int in_features,
+                                           int out_features, int rows, long long y_stride, int y_is_half,
+                                           int accumulate, int vectorised) {
     const int lane = threadIdx.x % kWarpThreads;
     const int n = blockIdx.x * (blockDim.x / kWarpThreads) + threadIdx.x / kWarpThreads;
     const int first_row = blockIdx.y * kRows;
@@ -79,31 +80,31 @@ __device__ __forceinline__ void dense_gemv(const X* x, const W* w, const float* 
         float sum = warp_sum(sums[row]);
         if (lane == 0) {
             if (bias != nullptr) sum += bias[n];
-            Y* at = y + (first_row + row) * y_stride + n;
-            if (accumulate) sum += to_float(*at);
-            *at = from_float<Y>(sum);
+            const long long at = (first_row + row) * y_stride + n;
+            if (y_is_half) {
+                static_cast<__half*>(y)[at] = from_float<__half>(sum);
+            } else {
+                static_cast<float*>(y)[at] = accumulate ? static_cast<float*>(y)[at] + sum : sum;
+            }
         }
     }
 }
 
 }  // namespace exl2
 
-#define EXL2_DENSE_GEMV(name, X, W, Y, kRows)                                                                    \
+#define EXL2_DENSE_GEMV(name, X, W, kRows)                                                                       \
     extern "C" __global__ void __launch_bounds__(128)                                                            \
-        name(const X* x, const W* w, const float* bias, Y* y, int in_features, int out_features, int rows,       \
-             long long y_stride, int accumulate, int vectorised) {                                               \
-        exl2::dense_gemv<X, W, Y, kRows>(x, w, bias, y, in_features, out_features, rows, y_stride, accumulate,   \
-                                         vectorised);                                                            \
+        name(const X* x, const W* w, const float* bias, void* y, int in_features, int out_features, int rows,    \
+             long long y_stride, int y_is_half, int accumulate, int vectorised) {                                \
+        exl2::dense_gemv<X, W, kRows>(x, w, bias, y, in_features, out_features, rows, y_stride, y_is_half,       \
+                                      accumulate, vectorised);                                                   \
     }
-#define EXL2_DENSE_GEMV_ROWS(name, X, W, Y)   \
-    EXL2_DENSE_GEMV(name##_r1, X, W, Y, 1)    \
-    EXL2_DENSE_GEMV(name##_r4, X, W, Y, 4)
-EXL2_DENSE_GEMV_ROWS(dense_gemv_f32_f32_f32, float, float, float)
-EXL2_DENSE_GEMV_ROWS(dense_gemv_f32_f16_f32, float, __half, float)
-EXL2_DENSE_GEMV_ROWS(dense_gemv_f32_bf16_f32, float, __nv_bfloat16, float)
-EXL2_DENSE_GEMV_ROWS(dense_gemv_f16_f32_f32, __half, float, float)
-EXL2_DENSE_GEMV_ROWS(dense_gemv_f16_f16_f32, __half, __half, float)
-EXL2_DENSE_GEMV_ROWS(dense_gemv_f16_bf16_f32, __half, __nv_bfloat16, float)
-EXL2_DENSE_GEMV_ROWS(dense_gemv_f16_f32_f16, __half, float, __half)
-EXL2_DENSE_GEMV_ROWS(dense_gemv_f16_f16_f16, __half, __half, __half)
-EXL2_DENSE_GEMV_ROWS(dense_gemv_f16_bf16_f16, __half, __nv_bfloat16, __half)
+#define EXL2_DENSE_GEMV_ROWS(name, X, W)  \
+    EXL2_DENSE_GEMV(name##_r1, X, W, 1)   \
+    EXL2_DENSE_GEMV(name##_r4, X, W, 4)
+EXL2_DENSE_GEMV_ROWS(dense_gemv_f32_f32, float, float)
+EXL2_DENSE_GEMV_ROWS(dense_gemv_f32_f16, float, __half)
+EXL2_DENSE_GEMV_ROWS(dense_gemv_f32_bf16, float, __nv_bfloat16)
+EXL2_DENSE_GEMV_ROWS(dense_gemv_f16_f32, __half, float)
+EXL2_DENSE_GEMV_ROWS(dense_gemv_f16_f16, __half, __half)
+EXL2_DENSE_GEMV_ROWS(dense_gemv_f16_bf16, __half, __nv_bfloat16)
