@@ -236,12 +236,12 @@ _backends_lock = threading.Lock()
 
 
 def backend(device: torch.device) -> CudaBackend:
-    """The backend of a card; one a card and process.
+    """The backend of a card, "cuda" being the first; one a card and process.
 
     Raises:
         DeviceError: the card cannot be used; says why and what to do.
     """
-    index = device.index if device.index is not None else torch.cuda.current_device()
+    index = 0 if device.index is None else device.index
     found = _backends.get(index)
     if found is None:
         with _backends_lock:
