@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def packed_products(
 
 
 def attention(machine: Machine, batches: tuple[int, ...], context: int, bandwidth: float) -> list[dict[str, Any]]:
-    """Decode attention of an 8B model's layer over float16 pages."""
+    """Decode attention of an 8B model's layer over float16 pages: of each sequence's own, and of shared ones."""
     heads, kv_heads, head_dim, page_size = 32, 8, 128, 32
     results = []
     for batch in batches:
@@ -165,6 +166,20 @@ def attention(machine: Machine, batches: tuple[int, ...], context: int, bandwidt
                 machine.backend, q, k[layer], v[layer], *fixed, softmax_scale=head_dim**-0.5
             )
 
+        # The same pages for all sequences: read by each of them, and once for all.
+        same = (order[:1].expand(batch, -1).contiguous(), starts, lengths)
+        group = {
+            "group_starts": torch.tensor([0, batch], dtype=torch.int32, device=machine.device),
+            "group_prefix_pages": torch.tensor([pages_each - 1], dtype=torch.int32, device=machine.device),
+            "max_rest": page_size,
+        }
+
+        def attend_same(number: int, *, q: Tensor = q, k: Any = k_pages, v: Any = v_pages, **options: Any) -> Tensor:
+            layer = number % len(k)
+            return cuda_attention.paged_attention(
+                machine.backend, q, k[layer], v[layer], *options.pop("batch"), softmax_scale=head_dim**-0.5, **options
+            )
+
         seconds = machine.seconds(attend)
         n_bytes = 2 * 2 * batch * context * kv_heads * head_dim
         results.append(
@@ -174,6 +189,8 @@ def attention(machine: Machine, batches: tuple[int, ...], context: int, bandwidt
                 "microseconds": seconds * 1e6,
                 "gb_s": n_bytes / seconds / 1e9,
                 "bandwidth_share": n_bytes / seconds / bandwidth,
+                "same_pages_microseconds": machine.seconds(partial(attend_same, batch=same)) * 1e6,
+                "shared_microseconds": machine.seconds(partial(attend_same, batch=same, **group)) * 1e6,
             }
         )
     return results

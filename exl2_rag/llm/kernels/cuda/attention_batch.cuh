@@ -178,14 +178,15 @@ __device__ __forceinline__ SplitRange split_range(const Batch& batch, const Tile
     }
     // The rows of a sequence are in order of their positions: the first line sees the first key, the last the last.
     const int last_line = min(tile.first_line + kLines, tile.n_lines) - 1;
-    const Line first = make_line(batch, tile, kv_head, tile.first_line), last = make_line(batch, tile, kv_head, last_line);
+    const Line first = make_line(batch, tile, kv_head, tile.first_line);
+    const Line last = make_line(batch, tile, kv_head, last_line);
     SplitRange range{first.first_key / kSplitKeys, (last.last_key + kSplitKeys - 1) / kSplitKeys,
                      batch.context_lens[tile.first_sequence]};
     if (pass == kPassRest) range.first = max(range.first, prefix_splits(batch, find_group(batch, tile.unit)));
     return range;
 }
 
-// ---- folding: the same operations wherever it happens ------------------------------------------------------------------
+// ---- folding: the same operations wherever it happens ---------------------------------------------------------------
 
 struct Fold {
     float maximum, sum;  // after folding
@@ -205,7 +206,8 @@ __device__ __forceinline__ float folded(const Fold& by, float old_number, float 
     return __fmaf_rn(new_number, by.new_factor, __fmul_rn(old_number, by.old_factor));
 }
 
-// softcap * tanh(score / softcap), to powers of two: what exp2 takes. `scale` is softmax_scale, times log2(e) if softcap is 0.
+// softcap * tanh(score / softcap), to powers of two: what exp2 takes. `scale` is softmax_scale, times log2(e) without
+// softcap.
 __device__ __forceinline__ float shape_score(float score, float scale, float softcap) {
     if (softcap == 0.0f) return score * scale;
     constexpr float kLog2E = 1.44269504f;

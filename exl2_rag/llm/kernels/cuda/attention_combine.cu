@@ -19,8 +19,8 @@ constexpr int kMaxHeadDim = 256;
 constexpr int kAhead = 8;  // partial outputs on their way at a time
 
 template <class Number>
-__device__ __forceinline__ void combine(const Partials& partials, const Batch& batch, const float* sinks, Number* y, int dim,
-                                        int block_size, float factor) {
+__device__ __forceinline__ void combine(const Partials& partials, const Batch& batch, const float* sinks, Number* y,
+                                        int dim, int block_size, float factor) {
     EXL2_SHARED(float, room, kMaxHeadDim);
     const int i = threadIdx.x, row = blockIdx.x, head = blockIdx.y, repeats = batch.heads / batch.kv_heads;
     const int sequence = find_sequence(batch, row);
@@ -40,8 +40,8 @@ __device__ __forceinline__ void combine(const Partials& partials, const Batch& b
                 entry = static_cast<long long>(row) * batch.heads + head;
                 first_split = last_split = 0;
             } else {
-                entry = ((static_cast<long long>(sequence) * batch.kv_heads + head / repeats) * partials.loop_above + line) *
-                        partials.n_slots;
+                const long long unit = static_cast<long long>(sequence) * batch.kv_heads + head / repeats;
+                entry = (unit * partials.loop_above + line) * partials.n_slots;
             }
         }
         float maximum = EXL2_MINUS_INFINITY, sum = 0.0f;
@@ -80,15 +80,15 @@ __device__ __forceinline__ void combine(const Partials& partials, const Batch& b
 
 }  // namespace exl2
 
-#define EXL2_ATTENTION_COMBINE(name, Number)                                                                              \
-    extern "C" __global__ void __launch_bounds__(256)                                                                     \
-        name(float* outputs, float* sums, float* total_outputs, float* total_sums, const int* query_starts,               \
-             const int* context_lens, const float* sinks, Number* y, int n_sequences, int heads, int kv_heads, int dim,   \
-             int window, int n_slots, int loop_above, int block_size, float factor) {                                     \
-        exl2::combine<Number>(exl2::Partials{outputs, sums, total_outputs, total_sums, n_slots, loop_above},              \
-                              exl2::Batch{query_starts, context_lens, nullptr, nullptr, n_sequences, 0, 0, heads, kv_heads, \
-                                          window},                                                                        \
-                              sinks, y, dim, block_size, factor);                                                         \
+#define EXL2_ATTENTION_COMBINE(name, Number)                                                                           \
+    extern "C" __global__ void __launch_bounds__(256)                                                                  \
+        name(float* outputs, float* sums, float* total_outputs, float* total_sums, const int* query_starts,            \
+             const int* context_lens, const float* sinks, Number* y, int n_sequences, int heads, int kv_heads,         \
+             int dim, int window, int n_slots, int loop_above, int block_size, float factor) {                         \
+        exl2::combine<Number>(exl2::Partials{outputs, sums, total_outputs, total_sums, n_slots, loop_above},           \
+                              exl2::Batch{query_starts, context_lens, nullptr, nullptr, n_sequences, 0, 0, heads,      \
+                                          kv_heads, window},                                                           \
+                              sinks, y, dim, block_size, factor);                                                      \
     }
 EXL2_ATTENTION_COMBINE(attention_combine_f32, float)
 EXL2_ATTENTION_COMBINE(attention_combine_f16, __half)

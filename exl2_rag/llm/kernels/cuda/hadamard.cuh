@@ -1,5 +1,5 @@
-// The rotation of quantised keys and values: a normalised Walsh-Hadamard transform of each block of n numbers of a head,
-// n the largest power of two that divides D.
+// The rotation of quantised keys and values: a normalised Walsh-Hadamard transform of each block of n numbers of a
+// head, n the largest power of two that divides D.
 //
 //     for h = 1, 2, 4 ... n/2:  (x[i], x[i + h]) := (x[i] + x[i + h], x[i] - x[i + h])   for every i with bit h clear
 //     x := x * (1 / sqrt(n))

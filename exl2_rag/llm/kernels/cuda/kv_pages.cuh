@@ -30,9 +30,9 @@ __device__ __forceinline__ int vector_bytes(int dim) {
     return kPages == kQ8 ? dim : kPages == kQ6 ? dim * 3 / 4 : kPages == kQ4 ? dim / 2 : dim * 2;
 }
 
-// Eight stored numbers, as they are loaded: eight number `index` of the vector number `vector`. Addresses are counted in
-// the units of a load, with 32 bits: 64-bit ones of many vectors at a time would fill the registers. So the pages of a
-// layer may have up to 2^32 units (64 GiB in float16, 8 GiB in q6).
+// Eight stored numbers, as they are loaded: eight number `index` of the vector number `vector`. Addresses are counted
+// in the units of a load, with 32 bits: 64-bit ones of many vectors at a time would fill the registers. So the pages of
+// a layer may have up to 2^32 units (64 GiB in float16, 8 GiB in q6).
 template <int kPages>
 struct Eight {
     uint4 words;

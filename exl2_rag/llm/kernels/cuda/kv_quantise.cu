@@ -41,7 +41,8 @@ __device__ __forceinline__ void write_codes(float x, unsigned char* vector, __ha
     const unsigned no_numbers = __ballot_sync(kAllLanes, x != x);
     const float magnitude = warp_max(fabsf(x));
     const unsigned largest_lanes = __ballot_sync(kAllLanes, fabsf(x) == magnitude);
-    float unrounded = __fmul_rn(__shfl_sync(kAllLanes, x, __ffs(no_numbers != 0 ? no_numbers : largest_lanes) - 1), -1.0f / kZero);
+    const int source = __ffs(no_numbers != 0 ? no_numbers : largest_lanes) - 1;
+    float unrounded = __fmul_rn(__shfl_sync(kAllLanes, x, source), -1.0f / kZero);
     if (fabsf(unrounded) > 65504.0f) unrounded = copysignf(65504.0f, unrounded);
     const __half scale = __float2half_rn(unrounded);
     const float wide = __half2float(scale);
@@ -63,17 +64,17 @@ __device__ __forceinline__ void write_codes(float x, unsigned char* vector, __ha
 template <int kPages, class Number>
 __device__ __forceinline__ void kv_quantise(const Number* q, const Number* k, const Number* v, long long q_stride,
                                             long long k_stride, long long v_stride, const float* cos, const float* sin,
-                                            const long long* positions, const long long* slots, unsigned char* k_codes,
-                                            __half* k_scales, unsigned char* v_codes, __half* v_scales, Number* q_rotated,
-                                            int heads, int kv_heads, int dim, int half, int block_size, float factor) {
+                                            const long long* positions, const long long* slots,
+                                            unsigned char* k_codes, __half* k_scales, unsigned char* v_codes,
+                                            __half* v_scales, Number* q_rotated, int heads, int kv_heads, int dim,
+                                            int half, int block_size, float factor) {
     EXL2_SHARED(float, room, kMaxHeadDim);
     const int i = threadIdx.x, head = blockIdx.y;
     const long long token = blockIdx.x;
     const bool is_query = head < heads, is_value = head >= heads + kv_heads;
     const int kv_head = is_query ? 0 : (head - heads) % kv_heads;
-    const Number* from = is_query ? q + token * q_stride + static_cast<long long>(head) * dim
-                                  : (is_value ? v + token * v_stride : k + token * k_stride) + static_cast<long long>(kv_head) * dim;
-    float x = to_float(from[i]);
+    const Number* from = is_query ? q + token * q_stride : is_value ? v + token * v_stride : k + token * k_stride;
+    float x = to_float(from[static_cast<long long>(is_query ? head : kv_head) * dim + i]);
     if (!is_value) {
         room[i] = x;
         __syncthreads();
@@ -101,9 +102,10 @@ __device__ __forceinline__ void kv_quantise(const Number* q, const Number* k, co
 #define EXL2_KV_QUANTISE(name, kPages, Number)                                                                         \
     extern "C" __global__ void __launch_bounds__(256)                                                                  \
         name(const Number* q, const Number* k, const Number* v, long long q_stride, long long k_stride,                \
-             long long v_stride, const float* cos, const float* sin, const long long* positions, const long long* slots, \
-             unsigned char* k_codes, __half* k_scales, unsigned char* v_codes, __half* v_scales, Number* q_rotated,    \
-             int heads, int kv_heads, int dim, int half, int block_size, float factor) {                               \
+             long long v_stride, const float* cos, const float* sin, const long long* positions,                       \
+             const long long* slots, unsigned char* k_codes, __half* k_scales, unsigned char* v_codes,                 \
+             __half* v_scales, Number* q_rotated, int heads, int kv_heads, int dim, int half, int block_size,          \
+             float factor) {                                                                                           \
         exl2::kv_quantise<exl2::kPages, Number>(q, k, v, q_stride, k_stride, v_stride, cos, sin, positions, slots,     \
                                                 k_codes, k_scales, v_codes, v_scales, q_rotated, heads, kv_heads, dim, \
                                                 half, block_size, factor);                                             \

@@ -2,8 +2,8 @@
 //
 //     y[t, h] = sum over keys s that t sees of softmax_s(shape(q[t, h] . k[s, h'])) v[s, h'],   h' = h / (H / KH)
 //
-//     q            [T, H, terms, D] float16 (bfloat16 with bfloat16 pages); D a multiple of 8 (of 32 for quantised pages),
-//                                   at most 256. Two terms are a number and what rounding it left, see below
+//     q            [T, H, terms, D] float16 (bfloat16 with bfloat16 pages); D a multiple of 8 (of 32 for quantised
+//                                   pages), at most 256. Two terms are a number and what rounding it left, see below
 //     k, v         [P, PS, KH, ...] see kv_pages.cuh; scales [P, PS, KH, D/32] float16 for quantised ones
 //     page_table   [B, MP]          int32; PS a multiple of 16, so that 16 keys lie in one page
 //     partials     see attention_batch.cuh; `attention_combine.cu` makes y of them
@@ -11,16 +11,16 @@
 // One block of four warps: a tile of up to 64 lines, one key head, one split of 256 keys (or all splits in turn where a
 // unit loops). All query heads of a key head, and in the prefix pass all sequences of a group, share its loads.
 //
-//     unit of few lines (decode)    warp w: all lines,                  span w of the split; then folded across the warps
-//     unit of more lines            warp w: lines 16w to 16w + 15,      all four spans in order
+//     unit of few lines (decode)    warp w: all lines, span w of the split; then folded across the warps
+//     unit of more lines            warp w: lines 16w to 16w + 15, all four spans in order
 //
-// Few are up to `apart_lines`: 16, but 8 for heads of more than 128, as shared memory has no more room. A warp takes a span as four
-// steps of 16 keys. K, V and Q go straight from global memory to registers, 16 bytes a lane (less when quantised): the
-// numbers of a head are permuted so that what a lane needs for its fragments is contiguous. With g = lane / 4 and
-// c = lane % 4:
+// Few are up to `apart_lines`: 16, but 8 for heads of more than 128, as shared memory has no more room. A warp takes a
+// span as four steps of 16 keys. K, V and Q go straight from global memory to registers, 16 bytes a lane (less when
+// quantised): the numbers of a head are permuted so that what a lane needs for its fragments is contiguous. With
+// g = lane / 4 and c = lane % 4:
 //
-//     S = Q K^T    lane loads numbers 32i + 8c to + 7 of keys g and g + 8: of chunk i the first four are its B fragment of
-//                  one k16 step, the last four that of the next. Q is permuted alike.
+//     S = Q K^T    lane loads numbers 32i + 8c to + 7 of keys g and g + 8: of chunk i the first four are its B fragment
+//                  of one k16 step, the last four that of the next. Q is permuted alike.
 //     O = P V      lane loads numbers 64u + 8g to + 7 of keys 2c, 2c + 1, 2c + 8, 2c + 9: number 8g + t is column g of
 //                  n8 tile t, and pairs of keys are made with byte permutes. Of O a lane then has numbers
 //                  64u + 16c to + 15 of lines g and g + 8.
@@ -132,8 +132,9 @@ __device__ __forceinline__ float4& output_at(float4* outputs, int columns, int u
 //     pages        the row of the page table
 template <int kPages, int kTerms>
 __device__ __forceinline__ void attend_span(State& state, float4* outputs, const Source& from,
-                                            const OwnLines& lines, bool all_lines, bool is_alone, const int* pages, const Batch& batch,
-                                            int kv_head, int span_key, int n_keys, float scale, float softcap) {
+                                            const OwnLines& lines, bool all_lines, bool is_alone, const int* pages,
+                                            const Batch& batch, int kv_head, int span_key, int n_keys, float scale,
+                                            float softcap) {
     constexpr bool kBfloat = kPages == kBfloat16;
     const int lane = threadIdx.x % kWarpThreads, g = lane / 4, c = lane % 4;
     const int bytes = vector_bytes<kPages>(from.dim), n_groups = from.dim / kQuantGroup, columns = (from.dim + 63) / 64;
@@ -147,8 +148,8 @@ __device__ __forceinline__ void attend_span(State& state, float4* outputs, const
     int vectors[4];  // of the steps: the number of the vector of its first key
 #pragma unroll
     for (int j = 0; j < 4; ++j) vectors[j] = __shfl_sync(kAllLanes, row_of_step, j) * batch.kv_heads + kv_head;
-    {  // All of K and V is wanted soon: bring it to the L2 cache at once. Lane i: key i / 2 of each step; warps that have
-       // the same keys share the steps.
+    {  // All of K and V is wanted soon: bring it to the L2 cache at once. Lane i: key i / 2 of each step; warps that
+       // have the same keys share the steps.
         const int lines = (bytes + 127) / 128;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -266,7 +267,7 @@ __device__ __forceinline__ void attend_span(State& state, float4* outputs, const
             for (int e = 0; e < 4; ++e) output[t][e] = 0.0f;
         }
         const bool is_inside = 64 * u + 8 * g < from.dim;
-        // Not unrolled, for the same reason; instead of an index, which registers do not have, the steps move up by one.
+        // Not unrolled, for the same reason. Registers have no index: the steps move up by one instead.
 #pragma unroll 1
         for (int j = 0; j < 4; ++j) {
             unsigned pairs[4][4];  // [key][two numbers]
@@ -323,8 +324,8 @@ __device__ __forceinline__ void attend_span(State& state, float4* outputs, const
 }
 
 // Where the result of line `line` of a unit goes: the number of the entry in `outputs` and `sums`.
-__device__ __forceinline__ long long entry_of(const Batch& batch, const Partials& partials, int unit, int kv_head, int line,
-                                              int query, int split) {
+__device__ __forceinline__ long long entry_of(const Batch& batch, const Partials& partials, int unit, int kv_head,
+                                              int line, int query, int split) {
     long long entry = query;
     if (partials.total_outputs != nullptr) {
         entry = static_cast<long long>(unit * batch.kv_heads + kv_head) * partials.loop_above + line;
@@ -333,9 +334,9 @@ __device__ __forceinline__ long long entry_of(const Batch& batch, const Partials
 }
 
 // Fold the spans of all warps, in order, and write the lines' partial results; warp w takes every fourth float4.
-__device__ __forceinline__ void write_spans(float4* shared, const float* span_sums, const Source& from, const Batch& batch,
-                                            const Partials& partials, int unit, int kv_head, const OwnLines& lines,
-                                            int split, int apart_lines) {
+__device__ __forceinline__ void write_spans(float4* shared, const float* span_sums, const Source& from,
+                                            const Batch& batch, const Partials& partials, int unit, int kv_head,
+                                            const OwnLines& lines, int split, int apart_lines) {
     const int columns = (from.dim + 63) / 64, region = columns * (apart_lines / 2) * kWarpThreads;
     const int warp = threadIdx.x / kWarpThreads, g = threadIdx.x % kWarpThreads / 4, c = threadIdx.x % 4;
 #pragma unroll
@@ -421,8 +422,8 @@ __device__ __forceinline__ void write_lines(const State& state, float4* shared, 
 }
 
 template <int kPages, int kTerms>
-__device__ __forceinline__ void paged_attention(const Source& from, const Batch& batch, const Partials& partials, int pass,
-                                                float scale, float softcap, int apart_lines) {
+__device__ __forceinline__ void paged_attention(const Source& from, const Batch& batch, const Partials& partials,
+                                                int pass, float scale, float softcap, int apart_lines) {
     EXL2_DYNAMIC_SHARED(float4, shared);  // [4][lines of a warp][64 columns] numbers, in fragments; then span_sums
 
     const int warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads, g = lane / 4, c = lane % 4;
@@ -439,7 +440,8 @@ __device__ __forceinline__ void paged_attention(const Source& from, const Batch&
     // A unit of few lines has one tile, and its spans go to the warps; otherwise the lines do.
     const bool spans_apart = tile.n_lines <= apart_lines;
     const int warp_line = spans_apart ? 0 : warp * kWarpLines;
-    const int region = (from.dim + 63) / 64 * ((spans_apart ? apart_lines : kWarpLines) / 2) * kWarpThreads;  // float4 of a warp
+    const int room_lines = spans_apart ? apart_lines : kWarpLines;
+    const int region = (from.dim + 63) / 64 * (room_lines / 2) * kWarpThreads;         // float4 of a warp
     float* span_sums = reinterpret_cast<float*>(shared + kAttentionWarps * region);  // [4][16][2] where spans are apart
     OwnLines lines;
 #pragma unroll
@@ -458,8 +460,8 @@ __device__ __forceinline__ void paged_attention(const Source& from, const Batch&
         for (int span = first_span; span < last_span; ++span) {
             const int span_key = split * kSplitKeys + span * kSpanKeys;
             if (__any_sync(kAllLanes, lines.sees(span_key, span_key + kSpanKeys))) {
-                attend_span<kPages, kTerms>(state, outputs, from, lines, !spans_apart || apart_lines > 8, spans_apart, pages, batch, kv_head,
-                                            span_key, range.n_keys, scale, softcap);
+                attend_span<kPages, kTerms>(state, outputs, from, lines, room_lines > 8, spans_apart, pages, batch,
+                                            kv_head, span_key, range.n_keys, scale, softcap);
             }
             // The warps share K and V through the L1 cache: keep them together.
             if (!spans_apart) __syncthreads();
@@ -483,19 +485,20 @@ __device__ __forceinline__ void paged_attention(const Source& from, const Batch&
 
 }  // namespace exl2
 
-#define EXL2_PAGED_ATTENTION(name, kTerms)                                                                              \
-    extern "C" __global__ void __launch_bounds__(128, 3)                                                                 \
-        name(const unsigned short* q, const unsigned char* k, const unsigned char* v, const __half* k_scales,           \
-             const __half* v_scales, const int* page_table, const int* query_starts, const int* context_lens,           \
-             const int* group_starts, const int* group_prefix_pages, float* outputs, float* sums, float* total_outputs, \
-             float* total_sums, int n_sequences, int n_groups, int page_size, int table_width, int heads, int kv_heads, \
-             int dim, int window, int n_slots, int apart_lines, int pass, float scale, float softcap) {                 \
-        exl2::paged_attention<EXL2_PAGES, kTerms>(                                                                      \
-            exl2::Source{q, k, v, k_scales, v_scales, page_table, table_width, dim},                                    \
-            exl2::Batch{query_starts, context_lens, group_starts, group_prefix_pages, n_sequences, n_groups, page_size, \
-                        heads, kv_heads, window},                                                                       \
-            exl2::Partials{outputs, sums, total_outputs, total_sums, n_slots, apart_lines}, pass, scale, softcap,       \
-            apart_lines);                                                                                               \
+#define EXL2_PAGED_ATTENTION(name, kTerms)                                                                             \
+    extern "C" __global__ void __launch_bounds__(128, 3)                                                               \
+        name(const unsigned short* q, const unsigned char* k, const unsigned char* v, const __half* k_scales,          \
+             const __half* v_scales, const int* page_table, const int* query_starts, const int* context_lens,          \
+             const int* group_starts, const int* group_prefix_pages, float* outputs, float* sums,                      \
+             float* total_outputs, float* total_sums, int n_sequences, int n_groups, int page_size, int table_width,   \
+             int heads, int kv_heads, int dim, int window, int n_slots, int apart_lines, int pass, float scale,        \
+             float softcap) {                                                                                          \
+        exl2::paged_attention<EXL2_PAGES, kTerms>(                                                                     \
+            exl2::Source{q, k, v, k_scales, v_scales, page_table, table_width, dim},                                   \
+            exl2::Batch{query_starts, context_lens, group_starts, group_prefix_pages, n_sequences, n_groups,           \
+                        page_size, heads, kv_heads, window},                                                           \
+            exl2::Partials{outputs, sums, total_outputs, total_sums, n_slots, apart_lines}, pass, scale, softcap,      \
+            apart_lines);                                                                                              \
     }
 EXL2_PAGED_ATTENTION(paged_attention_exact, 2)
 #ifndef EXL2_ONLY_EXACT

@@ -6,8 +6,8 @@
 //     page_table   [B, MP]          int32
 //     partials     see attention_batch.cuh; a unit that loops does so whatever its size (loop_above = 0)
 //
-// One block of four warps: a tile of up to 16 lines, one key head, one split of 256 keys (or all in turn). Keys and then
-// values go through shared memory, 32 at a time; warp w has lines w, w + 4, w + 8, w + 12:
+// One block of four warps: a tile of up to 16 lines, one key head, one split of 256 keys (or all in turn). Keys and
+// then values go through shared memory, 32 at a time; warp w has lines w, w + 4, w + 8, w + 12:
 //
 //     scores    lane i: key i of the 32, the whole dot product
 //     output    lane i: numbers i, i + 32, ... of D, all keys
@@ -26,9 +26,9 @@ constexpr int kStepKeys = 32;
 constexpr int kColumns = 256 / kWarpThreads;  // numbers of a line in a lane, at most
 
 template <class Query>
-__device__ __forceinline__ void paged_attention_f32(const Query* q, const float* k, const float* v, const int* page_table,
-                                                    int table_width, int dim, const Batch& batch, const Partials& partials,
-                                                    int pass, float scale, float softcap) {
+__device__ __forceinline__ void paged_attention_f32(const Query* q, const float* k, const float* v,
+                                                    const int* page_table, int table_width, int dim, const Batch& batch,
+                                                    const Partials& partials, int pass, float scale, float softcap) {
     EXL2_DYNAMIC_SHARED(float, queries);  // [16][dim + 1]
     const int stride = dim + 1;           // one more, so that equal numbers of different keys are in different banks
     float* vectors = queries + kTileLines * stride;      // [32][dim + 1]
@@ -79,7 +79,8 @@ __device__ __forceinline__ void paged_attention_f32(const Query* q, const float*
                 if (part == 0) {
 #pragma unroll
                     for (int n = 0; n < kOwnLines; ++n) {
-                        const bool is_seen = lane < n_keys && lines[n].first_key <= step + lane && step + lane < lines[n].last_key;
+                        const int key = step + lane;
+                        const bool is_seen = lane < n_keys && lines[n].first_key <= key && key < lines[n].last_key;
                         float score = 0.0f;
                         if (is_seen) {
                             const float *a = queries + (warp + kWarps * n) * stride, *b = vectors + lane * stride;
@@ -103,7 +104,9 @@ __device__ __forceinline__ void paged_attention_f32(const Query* q, const float*
                             const int number = lane + kWarpThreads * i;
                             if (number >= dim) continue;
                             float added = 0.0f;
-                            for (int key = 0; key < n_keys; ++key) added = fmaf(own[key], vectors[key * stride + number], added);
+                            for (int key = 0; key < n_keys; ++key) {
+                                added = fmaf(own[key], vectors[key * stride + number], added);
+                            }
                             output[n][i] = folded(by[n], output[n][i], added);
                         }
                     }
@@ -143,18 +146,18 @@ __device__ __forceinline__ void paged_attention_f32(const Query* q, const float*
 
 }  // namespace exl2
 
-#define EXL2_PAGED_ATTENTION_F32(name, Query)                                                                           \
-    extern "C" __global__ void __launch_bounds__(128)                                                                   \
-        name(const Query* q, const float* k, const float* v, const __half* k_scales, const __half* v_scales,            \
-             const int* page_table, const int* query_starts, const int* context_lens, const int* group_starts,          \
-             const int* group_prefix_pages, float* outputs, float* sums, float* total_outputs, float* total_sums,       \
-             int n_sequences, int n_groups, int page_size, int table_width, int heads, int kv_heads, int dim,           \
-             int window, int n_slots, int loop_above, int pass, float scale, float softcap) {                           \
-        exl2::paged_attention_f32<Query>(                                                                               \
-            q, k, v, page_table, table_width, dim,                                                                      \
-            exl2::Batch{query_starts, context_lens, group_starts, group_prefix_pages, n_sequences, n_groups, page_size, \
-                        heads, kv_heads, window},                                                                       \
-            exl2::Partials{outputs, sums, total_outputs, total_sums, n_slots, loop_above}, pass, scale, softcap);       \
+#define EXL2_PAGED_ATTENTION_F32(name, Query)                                                                          \
+    extern "C" __global__ void __launch_bounds__(128)                                                                  \
+        name(const Query* q, const float* k, const float* v, const __half* k_scales, const __half* v_scales,           \
+             const int* page_table, const int* query_starts, const int* context_lens, const int* group_starts,         \
+             const int* group_prefix_pages, float* outputs, float* sums, float* total_outputs, float* total_sums,      \
+             int n_sequences, int n_groups, int page_size, int table_width, int heads, int kv_heads, int dim,          \
+             int window, int n_slots, int loop_above, int pass, float scale, float softcap) {                          \
+        exl2::paged_attention_f32<Query>(                                                                              \
+            q, k, v, page_table, table_width, dim,                                                                     \
+            exl2::Batch{query_starts, context_lens, group_starts, group_prefix_pages, n_sequences, n_groups,           \
+                        page_size, heads, kv_heads, window},                                                           \
+            exl2::Partials{outputs, sums, total_outputs, total_sums, n_slots, loop_above}, pass, scale, softcap);      \
     }
 EXL2_PAGED_ATTENTION_F32(paged_attention_f16, __half)
 EXL2_PAGED_ATTENTION_F32(paged_attention_f32, float)

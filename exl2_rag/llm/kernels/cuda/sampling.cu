@@ -27,9 +27,9 @@
 //     thread       0        1        2      ...  1023       each has V / 1024 tokens, 1024 apart
 //     maximum     2.1      0.3      7.9     ...   1.2       sorted: 7.9, 2.1, 1.2 ... the k-th is the bound
 //
-// For top-p alone the list is that of the kListed-th maximum. If its mass does not reach top_p (a flat distribution), or
-// the list overflows, the threshold is searched over the whole row, four ways a pass. Ids are found by sums over ever
-// smaller ranges.
+// For top-p alone the list is that of the kListed-th maximum. If its mass does not reach top_p (a flat distribution),
+// or the list overflows, the threshold is searched over the whole row, four ways a pass. Ids are found by sums over
+// ever smaller ranges.
 //
 // The caller guarantees: blockDim.x = 1024, gridDim.x = B.
 #include "common.cuh"
@@ -170,7 +170,9 @@ __device__ __forceinline__ unsigned find_key(const Row& row, const Value& value,
         unsigned pivots[3];
         Mass sums[3] = {0, 0, 0};  // over keys in [pivot, high]
 #pragma unroll
-        for (int i = 0; i < 3; ++i) pivots[i] = high - low >= step * static_cast<Mass>(i + 1) ? low + step * (i + 1) : high;
+        for (int i = 0; i < 3; ++i) {
+            pivots[i] = high - low >= step * static_cast<Mass>(i + 1) ? low + step * (i + 1) : high;
+        }
         for (int id = threadIdx.x; id < row.vocabulary; id += kThreads) {
             const unsigned key = row.key(id);
             if (key < pivots[0] || key > high) continue;
@@ -214,7 +216,9 @@ __device__ __forceinline__ void sort_list(int n, Room& room) {
 }
 
 // A list entry that sorts by key, the largest first, and of equals by id.
-__device__ __forceinline__ Mass by_key(unsigned key, int id) { return static_cast<Mass>(~key) << 32 | static_cast<unsigned>(id); }
+__device__ __forceinline__ Mass by_key(unsigned key, int id) {
+    return static_cast<Mass>(~key) << 32 | static_cast<unsigned>(id);
+}
 __device__ __forceinline__ unsigned key_of(Mass entry) { return ~static_cast<unsigned>(entry >> 32); }
 
 __device__ __forceinline__ Mass pick_target(Mass bits, Mass total) { return __umul64hi(bits >> 11 << 11, total); }
@@ -226,8 +230,8 @@ __device__ __forceinline__ Mass wanted_mass(double top_p, Mass total) {
 
 // Draw from the list, which holds the `n` most likely tokens sorted, of a distribution that has all in it that matter.
 // `total`: the mass that top_p is a share of, 0 if it is that of the tokens kept by top_k.
-__device__ __forceinline__ int draw_from_list(const Row& row, int n, int top_k, double top_p, double min_p, Mass total, Mass bits,
-                                              Room& room) {
+__device__ __forceinline__ int draw_from_list(const Row& row, int n, int top_k, double top_p, double min_p, Mass total,
+                                              Mass bits, Room& room) {
     // Thread i has entries 2i and 2i + 1.
     const int i = 2 * threadIdx.x;
     if (top_k > 0 && top_k < n) {
@@ -267,8 +271,8 @@ __device__ __forceinline__ int draw_from_list(const Row& row, int n, int top_k, 
     return static_cast<int>(room.found);
 }
 
-__device__ __forceinline__ int draw(Row& row, unsigned own_maximum, double temperature, int top_k, double top_p, double min_p,
-                                    Mass bits, Room& room) {
+__device__ __forceinline__ int draw(Row& row, unsigned own_maximum, double temperature, int top_k, double top_p,
+                                    double min_p, Mass bits, Room& room) {
     row.temperature = fmaxf(static_cast<float>(temperature), 1.2e-38f);  // 0 / 0 would be no weight
     const bool limits_k = top_k > 0 && top_k < row.vocabulary, limits_p = top_p < 1.0;
     const int wanted_maxima = limits_k ? top_k : kListed;
@@ -352,7 +356,8 @@ extern "C" __global__ void __launch_bounds__(1024)
     EXL2_SHARED(Room, rooms, 1);
     Room& room = rooms[0];
     const long long index = blockIdx.x;
-    Row row{logits + index * logits_stride, mask == nullptr ? nullptr : mask + index * mask_stride, vocabulary, 0.0f, 1.0f};
+    const unsigned* own_mask = mask == nullptr ? nullptr : mask + index * mask_stride;
+    Row row{logits + index * logits_stride, own_mask, vocabulary, 0.0f, 1.0f};
 
     unsigned own_maximum = kNothing;
     int own_id = vocabulary;
