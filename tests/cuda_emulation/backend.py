@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -23,6 +23,7 @@ from torch import Tensor
 from exl2_rag.errors import DeviceError, KernelError
 from exl2_rag.llm.kernels import library_build, native
 from exl2_rag.llm.kernels.cuda_backend import F32, I32, I64, SOURCE_DIR, Argument, Dim3
+from tests.cuda_emulation.guarded_memory import guarded
 
 _HERE: Final = Path(__file__).resolve().parent
 _FLAGS: Final = (
@@ -88,13 +89,28 @@ class EmulatedBackend:
     ) -> None:
         """Run a kernel to its end. Errors of the kernel, such as divergent barriers, raise KernelError."""
         self._check_launch(kernel, grid, block, shared_bytes)
+        tensors = [argument for argument in args if isinstance(argument, Tensor)]
+        for tensor in tensors:
+            if tensor.device.type != "cpu":
+                raise DeviceError(f"{kernel}: the emulation takes CPU tensors, one is on {tensor.device}")
+        with guarded(tensors) as addresses:
+            self._run(module, kernel, grid, block, args, iter(addresses), shared_bytes)
+
+    def _run(
+        self,
+        module: str,
+        kernel: str,
+        grid: Dim3,
+        block: Dim3,
+        args: Sequence[Argument],
+        tensor_addresses: Iterator[int],
+        shared_bytes: int,
+    ) -> None:
         kinds, values = "", []
         for argument in args:
             if argument is None or isinstance(argument, Tensor):
-                if argument is not None and argument.device.type != "cpu":
-                    raise DeviceError(f"{kernel}: the emulation takes CPU tensors, one is on {argument.device}")
                 kinds += "p"
-                values.append(ctypes.c_void_p(None if argument is None else argument.data_ptr()))
+                values.append(ctypes.c_void_p(None if argument is None else next(tensor_addresses)))
             else:
                 kind, c_type = _KINDS[type(argument)]
                 kinds += kind

@@ -58,6 +58,8 @@ MISTAKES = {
         "index 4 is out of bounds",
     ),
     "wild pointer": ("reinterpret_cast<float*>(4096)[threadIdx.x] = 1.0f;", "outside of all memory"),
+    "read beyond a tensor": ("y[0] = y[64];", "outside of all memory"),
+    "read before a tensor": ("y[0] = y[-1024];", "outside of all memory"),
     "misaligned ldmatrix": (
         "EXL2_DYNAMIC_SHARED(float, room); unsigned r[1]; exl2::ldmatrix_x1(r, room + 1);",
         "not 16-byte aligned",
