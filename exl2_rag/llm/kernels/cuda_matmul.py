@@ -1,7 +1,7 @@
 """Launchers of the CUDA kernels that multiply by quantised matrices.
 
-float16 activations ("fast") are multiplied on tensor cores, float32 ones ("exact") by plain multiply-adds; either way the
-weights are exactly the format's float16 numbers and sums are float32. By the number of rows T:
+float16 activations ("fast") are multiplied on tensor cores, float32 ones ("exact") by plain multiply-adds; either way
+the weights are exactly the format's float16 numbers and sums are float32. By the number of rows T:
 
     rows             float16                                     float32
     few (to 8)       exl2_gemv, if the rows fit shared memory    exl2_gemv, four rows a block
@@ -38,7 +38,7 @@ _STEP_CHUNKS = 2
 _DEQUANTISE_WARPS = 8
 _SCRATCH_BYTES = 128 << 20  # of decoded columns: never all of a large head at once
 _SCRATCH_COLUMNS = 256  # library products like multiples of this
-_BLOCKS_PER_MULTIPROCESSOR = 2
+_MAX_GEMV_BLOCKS = 2  # on one multiprocessor; registers allow no more
 
 _STORE_HALF, _STORE_FLOAT, _ADD_FLOAT = 0, 1, 2
 
@@ -157,10 +157,10 @@ def _gemv_bytes(backend: Backend, weights: CudaWeights, rows: int, itemsize: int
 def _gemv_rows(backend: Backend, x: Tensor, weights: CudaWeights) -> int:
     """Rows that one block of the kernel for few rows takes; 0 where it does not serve."""
     if x.dtype == torch.float16:
-        choices = (x.shape[0],) if x.shape[0] <= _GEMV_ROWS else ()
+        choices = [x.shape[0]] if x.shape[0] <= _GEMV_ROWS else []
     else:
         # No more than there are: a block of one row starts sooner than one of four.
-        choices = tuple(rows for rows in (4, 2, 1) if rows == 1 or rows // 2 < x.shape[0])
+        choices = [rows for rows in (4, 2, 1) if rows == 1 or rows // 2 < x.shape[0]]
     for rows in choices:
         if _gemv_bytes(backend, weights, rows, x.element_size()) <= backend.max_shared_bytes:
             return rows
@@ -171,11 +171,14 @@ def _gemv(
     backend: Backend, x: Tensor, weights: CudaWeights, bias: Tensor | None, y: Tensor, epilogue: int, rows: int
 ) -> None:
     n_tiles = weights.tiles.shape[0]
+    shared_bytes = _gemv_bytes(backend, weights, rows, x.element_size())
+    # As many blocks as run at once: each goes on from tile to tile.
+    blocks = backend.multiprocessors * max(1, min(_MAX_GEMV_BLOCKS, backend.max_shared_bytes // shared_bytes))
     kernel = "gemv_f16" if x.dtype == torch.float16 else f"gemv_f32_r{rows}"
     backend.launch(
         f"{_prefix(weights)}_gemv",
         f"{_prefix(weights)}_{kernel}",
-        (min(n_tiles, _BLOCKS_PER_MULTIPROCESSOR * backend.multiprocessors), ceil_div(x.shape[0], rows), 1),
+        (min(n_tiles, blocks), ceil_div(x.shape[0], rows), 1),
         (weights.n_slices * WARP_THREADS, 1, 1),
         (
             x,
@@ -194,7 +197,7 @@ def _gemv(
             I32(weights.n_slices),
             I32(weights.n_sections),
         ),
-        shared_bytes=_gemv_bytes(backend, weights, rows, x.element_size()),
+        shared_bytes=shared_bytes,
     )
 
 

@@ -1,7 +1,7 @@
 """Quantised matrices in the form that CUDA kernels read: one stream of headers and codes for each tile of columns.
 
-`cuda/packed_stream.cuh` draws the layout; here is its other half, the packing, done once at load with torch operators on
-the tensors' own device. Knows the formats of the codes, but nothing of files, launches or cards.
+`cuda/packed_stream.cuh` draws the layout; here is its other half, the packing, done once at load with torch operators
+on the tensors' own device. Knows the formats of the codes, but nothing of files, launches or cards.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from exl2_rag.errors import ShapeError
+from exl2_rag.errors import DTypeError, ShapeError
 from exl2_rag.llm.kernels import codes as bit_codes
 from exl2_rag.llm.kernels import reference
 from exl2_rag.llm.kernels.weights import CHUNK_ROWS, TILE_COLUMNS, Group, parse_groups
@@ -42,12 +42,12 @@ class CudaWeights:
     Attributes:
         stream: [units, 4] int32, the units of all tiles.
         tiles: [N/32, 2] int32, (first unit of the tile's stream, first row of its table in `chunks`).
-        chunks: [tables * C, 4] int32, per chunk: information, its unit and its group's header's in the tile's stream, 0.
+        chunks: [tables * C, 4] int32, per chunk: information, its unit and its group header's in the tile's stream, 0.
             Information is bits | chunks left in the group << 4 | group scale (float16 bits) << 16.
         slices: [S + 1] int32, first chunk of each slice of rows. The order of additions follows from them and from
             `n_sections`, which divides S.
-        spans: [N/32, S, 4] int32, of each slice of each tile: the unit of its first header, that of its first chunk, the
-            units of header and chunks together, 0.
+        spans: [N/32, S, 4] int32, of each slice of each tile: the unit of its first header, that of its first chunk,
+            the units of header and chunks together, 0.
         stored_rows: [K] int32, the stored row of each input feature; empty if that is the feature itself.
         features: [C * 32] int32, the input feature of each stored row, -1 for padding; empty if that is the row itself.
         widths: N of each of the matrices side by side; their sum is `out_features`.
@@ -93,7 +93,7 @@ class CudaWeights:
 
 def _pieces(bits: int, pair: int) -> list[tuple[int, int, int, int]]:
     """Where a pair's codes go: (word, first bit there, first bit of the code, number of bits), per half word."""
-    if bits == 3 or bits == 5:
+    if bits in {3, 5}:
         per_word = 15 // bits
         if pair < _PAIRS - 1:
             return [(pair // per_word, bits * (pair % per_word), 0, bits)]
@@ -292,21 +292,29 @@ def exl2_prepare(
     *,
     prescale: float = 1.0,
 ) -> CudaWeights:
-    """Repack a matrix from its form in the file; arguments as `ops.exl2_prepare`, which checks their dtypes.
+    """Repack a matrix from its form in the file. Arguments as `ops.exl2_prepare`; they are left alone.
 
     Raises:
-        ShapeError: the tensors are not one EXL2 matrix, or it is too large.
+        DTypeError, ShapeError: the tensors are not one EXL2 matrix, or it is too large.
     """
+    _check_part("exl2_prepare", "q_weight", q_weight, torch.int32, 2)
+    _check_part("exl2_prepare", "q_groups", q_groups, torch.int16, 1)
+    _check_part("exl2_prepare", "q_scale", q_scale, torch.int32, 2)
+    _check_part("exl2_prepare", "q_scale_max", q_scale_max, torch.float16, 1)
+    _check_part("exl2_prepare", "q_invperm", q_invperm, torch.int32, 1)
+    _check_columns("exl2_prepare", "q_weight", q_weight)
     packed_rows, out_features = q_weight.shape
     try:
         groups = parse_groups([number & 0xFFFF for number in q_groups.tolist()], packed_rows)
     except ValueError as error:
         raise ShapeError(f"exl2_prepare: {error}; the tensors are not one EXL2 matrix") from error
     in_features = sum(group.rows for group in groups)
-    if q_invperm.shape != (in_features,) or q_scale.shape != (len(groups), out_features // 8):
+    wanted = ((in_features,), (len(groups), out_features // 8), (len(groups),))
+    if (q_invperm.shape, q_scale.shape, q_scale_max.shape) != wanted:
         raise ShapeError(
             f"exl2_prepare: q_groups describes {in_features} rows in {len(groups)} groups and q_weight has "
-            f"{out_features} columns, but q_invperm is {list(q_invperm.shape)} and q_scale {list(q_scale.shape)}"
+            f"{out_features} columns, but q_invperm is {list(q_invperm.shape)}, q_scale {list(q_scale.shape)} and "
+            f"q_scale_max {list(q_scale_max.shape)}"
         )
     stored_rows = q_invperm.to(torch.int64) & 0xFFFF
     features = torch.argsort(stored_rows)
@@ -356,11 +364,26 @@ def gptq_prepare(
     prescale: float = 1.0,
     zero_offset: int = 1,
 ) -> CudaWeights:
-    """Repack a 4-bit GPTQ matrix from its form in the file; arguments as `ops.gptq_prepare`, which checks them.
+    """Repack a 4-bit GPTQ matrix from its form in the file. Arguments as `ops.gptq_prepare`; they are left alone.
 
     Rows are sorted by group, and each group is padded to whole chunks with weights of zero that no input feature meets.
+
+    Raises:
+        DTypeError, ShapeError: the tensors are not one GPTQ matrix, or it is too large.
     """
+    _check_part("gptq_prepare", "qweight", qweight, torch.int32, 2)
+    _check_part("gptq_prepare", "qzeros", qzeros, torch.int32, 2)
+    _check_columns("gptq_prepare", "qweight", qweight)
     in_features, out_features, device = qweight.shape[0] * 8, qweight.shape[1], qweight.device
+    if scales.dim() != 2 or scales.shape[1] != out_features or qzeros.shape != (scales.shape[0], out_features // 8):
+        raise ShapeError(
+            f"gptq_prepare: qweight {list(qweight.shape)}, qzeros {list(qzeros.shape)} and scales "
+            f"{list(scales.shape)} do not describe one matrix"
+        )
+    if g_idx is not None and (
+        g_idx.shape != (in_features,) or not 0 <= int(g_idx.min()) <= int(g_idx.max()) < scales.shape[0]
+    ):
+        raise ShapeError(f"gptq_prepare: g_idx must be [{in_features}] with values 0 to {scales.shape[0] - 1}")
     half_scales = scales.to(torch.float16)
     if prescale != 1.0:
         half_scales = (half_scales.to(torch.float32) * prescale).to(torch.float16)
@@ -414,6 +437,18 @@ def gptq_prepare(
         in_features=in_features,
         has_zero_points=True,
     )
+
+
+def _check_part(op: str, name: str, tensor: Tensor, dtype: torch.dtype, dims: int) -> None:
+    if tensor.dtype != dtype:
+        raise DTypeError(f"{op}: {name} must be {dtype}, it is {tensor.dtype}")
+    if tensor.dim() != dims:
+        raise ShapeError(f"{op}: {name} must have {dims} dimension(s), its shape is {list(tensor.shape)}")
+
+
+def _check_columns(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.shape[1] == 0 or tensor.shape[1] % TILE_COLUMNS:
+        raise ShapeError(f"{op}: {name} must have a multiple of {TILE_COLUMNS} columns, it has {tensor.shape[1]}")
 
 
 def _check_size(op: str, layout: _Layout, n_tiles: int, stored_rows: int) -> None:

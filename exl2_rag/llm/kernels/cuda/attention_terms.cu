@@ -23,9 +23,9 @@ __device__ __forceinline__ void attention_terms(const In* q, Term* terms, int di
 
 }  // namespace exl2
 
-#define EXL2_ATTENTION_TERMS(name, In, Term)                                                                     \
-    extern "C" __global__ void __launch_bounds__(256) name(const In* q, Term* terms, int dim, long long count) { \
-        exl2::attention_terms<In, Term>(q, terms, dim, count);                                                   \
+#define EXL2_ATTENTION_TERMS(name, In, Term)                                                                           \
+    extern "C" __global__ void __launch_bounds__(256) name(const In* q, Term* terms, int dim, long long count) {       \
+        exl2::attention_terms<In, Term>(q, terms, dim, count);                                                         \
     }
 EXL2_ATTENTION_TERMS(attention_terms_f32_f16, float, __half)
 EXL2_ATTENTION_TERMS(attention_terms_f32_bf16, float, __nv_bfloat16)

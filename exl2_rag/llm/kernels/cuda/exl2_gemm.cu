@@ -12,5 +12,5 @@
     }
 EXL2_GEMM(exl2_gemm_r8, 1, 2)
 EXL2_GEMM(exl2_gemm_r16, 2, 2)
-EXL2_GEMM(exl2_gemm_r32, 4, 2)
+EXL2_GEMM(exl2_gemm_r32, 4, exl2::kBlocksOf32Rows)
 EXL2_GEMM(exl2_gemm_r64, 8, 1)

@@ -12,5 +12,5 @@
     }
 GPTQ_GEMM(gptq_gemm_r8, 1, 2)
 GPTQ_GEMM(gptq_gemm_r16, 2, 2)
-GPTQ_GEMM(gptq_gemm_r32, 4, 2)
+GPTQ_GEMM(gptq_gemm_r32, 4, exl2::kBlocksOf32Rows)
 GPTQ_GEMM(gptq_gemm_r64, 8, 1)

@@ -39,9 +39,17 @@ constexpr int kStages = 4;
 constexpr int kStages = 2;  // copies are not asynchronous: a third stage would only take shared memory
 #endif
 
+// Blocks of 32 rows that should fit a multiprocessor together. sm_86, sm_89 and sm_120 have shared memory for one alone, and
+// it may as well have the registers.
+#if EXL2_ARCH == 86 || EXL2_ARCH == 89 || EXL2_ARCH == 120
+constexpr int kBlocksOf32Rows = 1;
+#else
+constexpr int kBlocksOf32Rows = 2;
+#endif
+
 template <class Format, int kRowTiles>
-__device__ __forceinline__ void packed_gemm(const __half* x, const PackedMatrix& matrix, const Output& output, float* partial,
-                                            int n_chunks, int n_rows, int n_sections, int slot_units) {
+__device__ __forceinline__ void packed_gemm(const __half* x, const PackedMatrix& matrix, const Output& output,
+                                            float* partial, int n_chunks, int n_rows, int n_sections, int slot_units) {
     constexpr int kRows = 8 * kRowTiles;
     constexpr int kChunkUnitsX = kRows * kChunkRows * 2 / kStreamUnitBytes;  // of x in one chunk
     EXL2_DYNAMIC_SHARED(unsigned char, shared);
@@ -72,7 +80,8 @@ __device__ __forceinline__ void packed_gemm(const __half* x, const PackedMatrix&
                 const int header = a.z, data = a.y - Format::kHeaderUnits;
                 const int length = Format::kHeaderUnits + b.y + chunk_units(1) * info_bits(b.x) - a.y;
                 for (int i = lane; i < length; i += kWarpThreads) {
-                    cp_async_16(stage + slot_offset + i * kStreamUnitBytes, stream + (i < Format::kHeaderUnits ? header : data) + i);
+                    const int unit = (i < Format::kHeaderUnits ? header : data) + i;
+                    cp_async_16(stage + slot_offset + i * kStreamUnitBytes, stream + unit);
                 }
             }
         }

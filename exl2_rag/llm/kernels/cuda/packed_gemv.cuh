@@ -15,17 +15,17 @@
 // The order of additions is fixed by the matrix alone. packed_gemm.cuh uses the same, so a row has the same bits in both
 // and in any batch.
 //
-// Expected to be limited by memory: a warp keeps kRingGroups groups of 512 bytes on their way, whatever the widths of the
-// codes are, and goes on into the next tile without a pause. 32 warps of 2.5 KiB at least are 80 KiB a multiprocessor; the
-// fastest card (H200: 4.8 TB/s, about 0.8 us latency, 132 multiprocessors) needs about 30 KiB. On tensor cores a weight
-// costs about 1.5 instructions at 4 bits, less than half of what the card can issue while the weight arrives; with plain
-// multiply-adds it would be twice that, since two conversions and two multiply-adds follow each pair. Activations are
-// scattered to stored order while the first weights are under way: reads stay coalesced, and only writes to shared memory
-// are spread.
+// Expected to be limited by memory from 4 bits on: a warp keeps 2 to 4 KiB on their way, whatever the widths are, and goes on
+// into the next tile without a pause. 32 warps are then 64 KiB a multiprocessor at least; the fastest card (H200: 4.8 TB/s,
+// about 0.8 us latency, 132 multiprocessors) needs about 30 KiB. While a chunk of 4 bits (512 bytes) arrives there, a
+// multiprocessor can issue about 100 instructions of a warp, and the machine code for sm_90 has about that many for it; a
+// chunk of 3 or 2 bits takes hardly fewer, in three quarters and half of the time, so these are expected to be limited by
+// instructions. Tensor cores do the products even of one row because plain multiply-adds would take 64 instructions more.
+//
+// Activations are scattered to stored order while the first weights are under way: reads stay coalesced, and only writes to
+// shared memory are spread. The weights' first copies wait for one load, that of the span, and for nothing else.
 //
 // On sm_75 copies are not asynchronous and the ring is short; other warps cover the latency.
-//
-// The weights' first copies wait for one load, that of the span, and for nothing else.
 //
 // The caller guarantees: blockDim.x = 32 * n_slices; n_slices a multiple of n_sections; every slice has at least one chunk;
 // T <= 8 (float16) or <= kRows (float32, rows blockIdx.y * kRows and on); shared memory of

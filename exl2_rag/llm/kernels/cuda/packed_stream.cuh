@@ -133,25 +133,24 @@ struct GptqFormat {
     static constexpr int kZerosOffset = kTileColumns * 2;
     __half2 scales[kLaneColumns];
     unsigned magic;  // kMagic in a register: if the compiler knew, it would move it there again for each use
-    unsigned minus_offsets[kLaneColumns];  // -(1024 + zero) twice
+    unsigned zeros;  // a byte each
 
     template <class Source>
     __device__ __forceinline__ void load(const Source& source, unsigned offset, int, int lane) {
         const uint2 pairs = source.template load<uint2>(offset + lane / 4 * 8);
-        const unsigned zeros = source.template load<unsigned>(offset + kZerosOffset + lane / 4 * 4);
+        zeros = source.template load<unsigned>(offset + kZerosOffset + lane / 4 * 4);
         scales[0] = __low2half2(as_half2(pairs.x));
         scales[1] = __high2half2(as_half2(pairs.x));
         scales[2] = __low2half2(as_half2(pairs.y));
         scales[3] = __high2half2(as_half2(pairs.y));
-#pragma unroll
-        for (int c = 0; c < kLaneColumns; ++c) minus_offsets[c] = twice(0xE400u | (zeros >> (8 * c) & 0xFFu));
     }
 
     template <int kBits, int kShift>
     __device__ __forceinline__ unsigned weights(unsigned code_bits, int column) const {
         static_assert(kBits == 4 && (kShift == 0 || kShift == 4), "");
-        // -(64 + zero) has the mantissa of -(1024 + zero) times 16: 0xE400 | zero becomes 0xD400 | zero << 4.
-        const unsigned offset = kShift == 0 ? minus_offsets[column] : (minus_offsets[column] & 0x001F001Fu) << 4 | 0xD400D400u;
+        // 0xE400 | zero is -(1024 + zero). -(64 + zero) has the same mantissa times 16: 0xD400 | zero << 4.
+        const unsigned low = __byte_perm(zeros, 0xE4u, column | 0x40 | column << 8 | 0x4000);
+        const unsigned offset = kShift == 0 ? low : (low & 0x001F001Fu) << 4 | 0xD400D400u;
         return as_bits(__hmul2_rn(centre<kShift>(code_bits, offset), scales[column]));
     }
 };

@@ -41,6 +41,17 @@ def target(request) -> CudaTarget:
     return CudaTarget(EmulatedBackend(request.param), torch.device("cpu"))
 
 
+@pytest.fixture(params=_TARGETS[1:])
+def backend(request) -> Backend:
+    """For tests that need not see sm_75, and move their tensors themselves (see `place_of`)."""
+    return EmulatedBackend(request.param) if request.param else cuda_runtime.backend(torch.device("cuda", 0))
+
+
+def place_of(backend: Backend) -> torch.device:
+    """Where its tensors must be."""
+    return torch.device("cpu") if isinstance(backend, EmulatedBackend) else torch.device("cuda", 0)
+
+
 def pytest_collection_modifyitems(config, items):
     """EXL2_RAG_TEST_CASES=few keeps of each test on a card its first and its last case: for tools that slow it down."""
     if os.environ.get("EXL2_RAG_TEST_CASES") != "few":

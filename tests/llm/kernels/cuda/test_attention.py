@@ -12,6 +12,7 @@ from exl2_rag.errors import KernelError, ShapeError
 from exl2_rag.llm.kernels import cuda_attention, kv_format, reference_attention
 from exl2_rag.llm.kernels.kv_format import QuantisedPages
 from tests.cuda_emulation import EmulatedBackend
+from tests.llm.kernels.cuda.conftest import place_of
 from tests.llm.kernels.samples import AttentionCase, attention_case, normal
 
 RAGGED = [(1, 70), (5, 5), (0, 3), (17, 129), (1, 1), (3, 300)]
@@ -54,8 +55,24 @@ def make_case(kind: str, lengths: list[tuple[int, int]], *, exact: bool = True, 
     return Case(plain, plain.q if exact else plain.q.half(), k_pages, v_pages)
 
 
+def moved(device: torch.device, *arguments):
+    """Tensors and pages on the device; other things as they are."""
+    for one in arguments:
+        if isinstance(one, QuantisedPages):
+            yield QuantisedPages(one.codes.to(device), one.scales.to(device))
+        else:
+            yield one.to(device) if isinstance(one, Tensor) else one
+
+
+def attend_to(backend, arguments: tuple, **options) -> Tensor:
+    """On the backend's device and back."""
+    device = place_of(backend)
+    options = dict(zip(options, moved(device, *options.values()), strict=True))
+    return cuda_attention.paged_attention(backend, *moved(device, *arguments), softmax_scale=0.2, **options).cpu()
+
+
 def attend(backend, case: Case, **options) -> Tensor:
-    return cuda_attention.paged_attention(backend, *case.arguments(), softmax_scale=0.2, **options)
+    return attend_to(backend, case.arguments(), **options)
 
 
 def expected(case: Case, **options) -> Tensor:
@@ -71,18 +88,24 @@ def assert_near(actual: Tensor, wanted: Tensor, kind: str) -> None:
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["q32", "q16"])
-@pytest.mark.parametrize(("kind", "arch"), [*((kind, 80) for kind in KINDS), ("f16", 75)])
-def test_attention_over_a_ragged_batch_is_as_the_reference(kind, arch, exact):
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_over_a_ragged_batch_is_as_the_reference(backend, kind, exact):
     case = make_case(kind, RAGGED, exact=exact, heads=8, kv_heads=2, head_dim=64)
-    assert_near(attend(EmulatedBackend(arch), case), expected(case), kind)
+    assert_near(attend(backend, case), expected(case), kind)
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["q32", "q16"])
+def test_attention_without_the_larger_tensor_instruction_is_as_the_reference(exact):
+    case = make_case("f16", RAGGED, exact=exact, heads=8, kv_heads=2, head_dim=64)
+    assert_near(attend(EmulatedBackend(75), case), expected(case), "f16")
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("kind", ["f32", "f16", "q4"])
-def test_attention_takes_awkward_lengths(kind, context):
+def test_attention_takes_awkward_lengths(backend, kind, context):
     for rows in {1, min(2, context), min(5, context)}:
         case = make_case(kind, [(rows, context), (1, context)], seed=context, head_dim=64)
-        assert_near(attend(EmulatedBackend(80), case), expected(case), kind)
+        assert_near(attend(backend, case), expected(case), kind)
 
 
 # Quantised pages have groups of 32.
@@ -90,8 +113,7 @@ HEADS = [(kind, dim) for kind in KINDS for dim in (32, 40, 64, 72, 80, 96, 128, 
 
 
 @pytest.mark.parametrize(("kind", "head_dim"), HEADS)
-def test_attention_takes_heads_of_any_size(kind, head_dim):
-    backend = EmulatedBackend(80)
+def test_attention_takes_heads_of_any_size(backend, kind, head_dim):
     for exact in (True, False):
         case = make_case(kind, [(3, 50), (1, 9), (18, 70)], exact=exact, head_dim=head_dim)
         assert_near(attend(backend, case), expected(case), kind)
@@ -99,21 +121,21 @@ def test_attention_takes_heads_of_any_size(kind, head_dim):
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (2, 2), (8, 2), (7, 1), (14, 2), (8, 1), (20, 1), (70, 1)])
 @pytest.mark.parametrize("kind", ["f32", "f16", "q8"])
-def test_query_heads_share_key_heads_in_groups(kind, heads, kv_heads):
+def test_query_heads_share_key_heads_in_groups(backend, kind, heads, kv_heads):
     case = make_case(kind, [(2, 40), (1, 70), (5, 60)], heads=heads, kv_heads=kv_heads)
-    assert_near(attend(EmulatedBackend(80), case), expected(case), kind)
+    assert_near(attend(backend, case), expected(case), kind)
 
 
 @pytest.mark.parametrize("window", [1, 2, 31, 64, 65, 255, 256, 257, 300, 5000])
 @pytest.mark.parametrize("kind", ["f32", "f16"])
-def test_a_query_sees_exactly_the_last_keys_of_its_window(kind, window):
+def test_a_query_sees_exactly_the_last_keys_of_its_window(backend, kind, window):
     case = make_case(kind, [(1, 700), (40, 600), (3, 3)])
     options = {"sliding_window": window}
-    assert_near(attend(EmulatedBackend(80), case, **options), expected(case, **options), kind)
+    assert_near(attend(backend, case, **options), expected(case, **options), kind)
 
 
 @pytest.mark.parametrize("kind", ["f32", "f16", "q6"])
-def test_softcap_and_sinks_are_as_the_reference(kind):
+def test_softcap_and_sinks_are_as_the_reference(backend, kind):
     case = make_case(kind, RAGGED, heads=8, kv_heads=2, head_dim=32)
     for options in (
         {"softcap": 0.7},
@@ -123,13 +145,12 @@ def test_softcap_and_sinks_are_as_the_reference(kind):
         plain = expected(case)
         wanted = expected(case, **options)
         assert (wanted - plain).abs().max() > 1e-2
-        assert_near(attend(EmulatedBackend(80), case, **options), wanted, kind)
+        assert_near(attend(backend, case, **options), wanted, kind)
 
 
 @pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q4"])
 @pytest.mark.parametrize("window", [0, 50])
-def test_a_row_is_the_same_alone_in_slices_in_any_batch_and_taken_in_turn(monkeypatch, kind, window):
-    backend = EmulatedBackend(80)
+def test_a_row_is_the_same_alone_in_slices_in_any_batch_and_taken_in_turn(backend, monkeypatch, kind, window):
     lengths = [(1, 70), (0, 3), (21, 129), (1, 1), (3, 600), (2, 30)]
     case = make_case(kind, lengths, exact=False, heads=8, kv_heads=2, head_dim=64)
     together = attend(backend, case, sliding_window=window)
@@ -138,7 +159,7 @@ def test_a_row_is_the_same_alone_in_slices_in_any_batch_and_taken_in_turn(monkey
         slices = [(0, 1), (count // 2, count), (0, count), (count - 1, count)]
         for first, last in {one for one in slices if count and one[0] < one[1]}:
             part = case.alone(sequence, first, last)
-            alone = cuda_attention.paged_attention(backend, *part, softmax_scale=0.2, sliding_window=window)
+            alone = attend_to(backend, part, sliding_window=window)
             assert torch.equal(alone, together[start + first : start + last])
     monkeypatch.setattr(cuda_attention, "_WORKSPACE_BYTES", 0)
     monkeypatch.setattr(cuda_attention, "_LARGE_WORKSPACE_BYTES", 0)
@@ -146,18 +167,15 @@ def test_a_row_is_the_same_alone_in_slices_in_any_batch_and_taken_in_turn(monkey
 
 
 @pytest.mark.parametrize("kind", ["f32", "f16", "q8"])
-def test_units_taken_in_turn_fold_all_their_splits(monkeypatch, kind):
+def test_units_taken_in_turn_fold_all_their_splits(backend, monkeypatch, kind):
     monkeypatch.setattr(cuda_attention, "_WORKSPACE_BYTES", 0)
     monkeypatch.setattr(cuda_attention, "_LARGE_WORKSPACE_BYTES", 0)
     case = make_case(kind, [(20, 900), (1, 600), (3, 800)], heads=4, kv_heads=2)
     for window in (0, 300):
-        assert_near(
-            attend(EmulatedBackend(80), case, sliding_window=window), expected(case, sliding_window=window), kind
-        )
+        assert_near(attend(backend, case, sliding_window=window), expected(case, sliding_window=window), kind)
 
 
-def test_bounds_that_the_caller_knows_change_nothing():
-    backend = EmulatedBackend(80)
+def test_bounds_that_the_caller_knows_change_nothing(backend):
     case = make_case("f16", [(1, 270), (2, 33)], exact=False)
     together = attend(backend, case)
     wide = torch.full((2, 400), -1, dtype=torch.int32)
@@ -168,18 +186,17 @@ def test_bounds_that_the_caller_knows_change_nothing():
     assert torch.equal(attend(backend, case), together)
 
 
-def test_rows_beyond_the_last_sequence_are_zero():
+def test_rows_beyond_the_last_sequence_are_zero(backend):
     # A captured graph of a larger batch: sequences without rows, and rows without a sequence.
     case = make_case("f16", [(1, 40), (1, 20), (0, 0), (0, 0)])
-    together = attend(EmulatedBackend(80), case)
+    together = attend(backend, case)
     case.q = torch.cat((case.q, case.q))
-    padded = attend(EmulatedBackend(80), case)
+    padded = attend(backend, case)
     assert torch.equal(padded[:2], together)
     assert not padded[2:].any()
 
 
-def test_a_key_that_stands_out_is_found_wherever_it_is():
-    backend = EmulatedBackend(80)
+def test_a_key_that_stands_out_is_found_wherever_it_is(backend):
     for kind in ("f16", "q8", "q6", "q4"):
         for position in (0, 15, 16, 63, 64, 255, 256, 299):
             plain = attention_case([(1, 300)], heads=4, kv_heads=1, head_dim=64)
@@ -212,10 +229,9 @@ def shared_case(kind: str, lengths: list[tuple[int, int]], groups: list[int], pr
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("window", [0, 400])
-def test_sharing_a_prefix_changes_no_bit(kind, window):
+def test_sharing_a_prefix_changes_no_bit(backend, kind, window):
     lengths = [(1, 650), (1, 641), (2, 700), (1, 660), (1, 30), (1, 600), (1, 600), (1, 640), (20, 650), (1, 700)]
     case, (starts, prefix) = shared_case(kind, lengths, [4, 1, 2, 3], [SHARED_PAGES, 0, 15, 33], heads=8, head_dim=64)
-    backend = EmulatedBackend(80)
     options = {"sliding_window": window}
     apart = attend(backend, case, **options)
     assert_near(apart, expected(case, **options), kind)
@@ -228,13 +244,13 @@ def test_sharing_a_prefix_changes_no_bit(kind, window):
     assert torch.equal(wanted, expected(case, **options))
 
 
-def test_shared_pages_are_read_once_for_their_group():
+def test_shared_pages_are_read_once_for_their_group(backend):
     # The others' own copies of the shared pages may hold anything: the prefix pass reads the first's.
     lengths = [(1, 700), (1, 650), (1, 640)]
     case, (starts, prefix) = shared_case("f16", lengths, [3], [SHARED_PAGES])
-    apart = attend(EmulatedBackend(80), case)
+    apart = attend(backend, case)
     case.plain.page_table[1:, :32] = -1000000  # whole splits: 512 keys
-    shared = attend(EmulatedBackend(80), case, group_starts=starts, group_prefix_pages=prefix)
+    shared = attend(backend, case, group_starts=starts, group_prefix_pages=prefix)
     assert torch.equal(shared, apart)
 
 
@@ -300,11 +316,12 @@ def test_codes_scales_and_queries_equal_the_reference_bit_for_bit(target, bits, 
         *inputs, k_pages, v_pages = write_arguments(rows, bits=bits, head_dim=head_dim, rotary=rotary, dtype=dtype)
         *_, wanted_k, wanted_v = write_arguments(rows, bits=bits, head_dim=head_dim, rotary=rotary, dtype=dtype)
         wanted = reference_attention.quantise_kv_write(*inputs, wanted_k, wanted_v)
-        actual = cuda_attention.quantise_kv_write(target.backend, *inputs, k_pages, v_pages)
-        assert torch.equal(actual, wanted)
-        for mine, theirs in ((k_pages, wanted_k), (v_pages, wanted_v)):
-            assert torch.equal(mine.codes, theirs.codes)
-            assert torch.equal(mine.scales, theirs.scales)
+        on_device = list(moved(target.device, *inputs, k_pages, v_pages))
+        actual = cuda_attention.quantise_kv_write(target.backend, *on_device)
+        assert torch.equal(actual.cpu(), wanted)
+        for mine, theirs in zip(on_device[-2:], (wanted_k, wanted_v), strict=True):
+            assert torch.equal(mine.codes.cpu(), theirs.codes)
+            assert torch.equal(mine.scales.cpu(), theirs.scales)
             assert mine.codes.any()
 
 

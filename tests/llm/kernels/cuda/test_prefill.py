@@ -10,27 +10,29 @@ import torch
 from exl2_rag.llm.kernels import cuda_prefill, reference_attention
 from exl2_rag.llm.kernels.cuda_attention import paged_attention
 from tests.cuda_emulation import EmulatedBackend
-from tests.llm.kernels.cuda.test_attention import assert_near, expected, make_case
+from tests.llm.kernels.cuda.conftest import place_of
+from tests.llm.kernels.cuda.test_attention import assert_near, expected, make_case, moved
 
 MIXED = [(1, 70), (1, 33), (40, 129), (40, 40), (0, 5), (3, 20), (33, 65)]
 
 
-def attend(case, *, min_rows: int = 32, **options) -> torch.Tensor:
+def attend(case, *, min_rows: int = 32, backend=None, **options) -> torch.Tensor:
+    backend = backend or EmulatedBackend(80)
     return cuda_prefill.paged_attention(
-        EmulatedBackend(80),
-        *case.arguments(),
+        backend,
+        *moved(place_of(backend), *case.arguments()),
         host_starts=case.plain.query_starts.tolist(),
         host_contexts=case.plain.context_lens.tolist(),
         softmax_scale=0.2,
         min_rows=min_rows,
         **options,
-    )
+    ).cpu()
 
 
 @pytest.mark.parametrize("kind", ["f32", "f16", "q8", "q4"])
-def test_long_and_short_sequences_of_one_batch_are_as_the_reference(kind):
+def test_long_and_short_sequences_of_one_batch_are_as_the_reference(backend, kind):
     case = make_case(kind, MIXED, exact=kind == "f32", heads=6, kv_heads=3)
-    assert_near(attend(case), expected(case), kind)
+    assert_near(attend(case, backend=backend), expected(case), kind)
 
 
 def test_no_more_is_gathered_than_the_bound_allows(monkeypatch):

@@ -11,6 +11,7 @@ from exl2_rag.llm.kernels import cuda_sampling, reference_sampling
 from exl2_rag.llm.kernels.sampling_params import RowSampling
 from exl2_rag.llm.request import SamplingParams
 from tests.cuda_emulation import EmulatedBackend
+from tests.llm.kernels.cuda.conftest import place_of
 from tests.llm.kernels.samples import normal
 
 # Sizes, and the share of tokens that a mask allows (1: no mask).
@@ -47,6 +48,15 @@ def params(settings: list[tuple[float, int, float, float]], *, seed: int = 0) ->
     )
 
 
+def sample(backend, logits, mask, rows: RowSampling, **options):
+    """On the backend's device and back."""
+    device = place_of(backend)
+    on_device = RowSampling(*(getattr(rows, name).to(device) for name in RowSampling.__slots__))
+    mask = None if mask is None else mask.to(device)
+    results = cuda_sampling.sample(backend, logits.to(device), mask, on_device, **options)
+    return tuple(None if one is None else one.cpu() for one in results)
+
+
 def pack_mask(allowed: torch.Tensor) -> torch.Tensor:
     words = -(-allowed.shape[1] // 32)
     padded = torch.zeros(allowed.shape[0], words * 32, dtype=torch.int64)
@@ -62,11 +72,11 @@ def random_mask(batch: int, vocab_size: int, share: float, *, seed: int = 0) -> 
 
 
 @pytest.mark.parametrize(("vocab_size", "share"), ROWS)
-def test_tokens_are_those_of_the_reference(vocab_size, share):
+def test_tokens_are_those_of_the_reference(backend, vocab_size, share):
     logits = normal(len(SETTINGS), vocab_size, seed=vocab_size) * 3
     mask = None if share == 1 else pack_mask(random_mask(len(SETTINGS), vocab_size, share))
     rows = params(SETTINGS, seed=vocab_size)
-    tokens, log_probs = cuda_sampling.sample(EmulatedBackend(80), logits, mask, rows, log_probs=True)
+    tokens, log_probs = sample(backend, logits, mask, rows, log_probs=True)
     wanted, wanted_log_probs = reference_sampling.sample(logits, mask, rows)
     assert torch.equal(tokens, wanted)
     torch.testing.assert_close(log_probs, wanted_log_probs, atol=1e-5, rtol=1e-5)
@@ -90,17 +100,17 @@ def test_the_reference_is_the_sampler_of_the_engine():
         assert tokens.tolist() == sampler.sample(logits, draws)
 
 
-def test_many_draws_are_those_of_the_reference():
+def test_many_draws_are_those_of_the_reference(backend):
     for setting in ((0.9, 30, 0.9, 0.01), (1.0, 0, 0.95, 0.0), (1.5, 0, 1.0, 0.03)):
         logits = (normal(1, 2000, seed=4) * 2).expand(16, -1)
         rows = params([setting] * 16)
-        tokens, _ = cuda_sampling.sample(EmulatedBackend(80), logits, None, rows)
+        tokens, _ = sample(backend, logits, None, rows)
         wanted, _ = reference_sampling.sample(logits, None, rows)
         assert torch.equal(tokens, wanted)
         assert len(set(tokens.tolist())) > 5
 
 
-def test_uniform_numbers_are_numpys():
+def test_uniform_numbers_are_numpys(backend):
     # Two tokens of equal weight: the token says whether the number is below one half; many seeds say it well enough.
     seeds = [0, 1, 2**31, 2**63 - 1, 12345678901234567]
     steps = [0, 1, 2, 2**40]
@@ -108,13 +118,13 @@ def test_uniform_numbers_are_numpys():
     rows = params([(1.0, 0, 1.0, 0.0)] * len(pairs))
     for index, (seed, step) in enumerate(pairs):
         rows.seeds[index], rows.steps[index] = seed, step + index // 20
-    tokens, _ = cuda_sampling.sample(EmulatedBackend(80), torch.zeros(len(pairs), 64), None, rows)
+    tokens, _ = sample(backend, torch.zeros(len(pairs), 64), None, rows)
     for index, token in enumerate(tokens.tolist()):
         assert token == int(sampler.uniform(int(rows.seeds[index]), int(rows.steps[index])) * 64)
 
 
 @pytest.mark.parametrize("vocab_size", [33, 1500])
-def test_equal_logits_keep_the_lowest_ids(vocab_size):
+def test_equal_logits_keep_the_lowest_ids(backend, vocab_size):
     logits = torch.zeros(5, vocab_size)
     logits[1, 20:] = -0.0
     logits[2] = torch.arange(vocab_size) % 3
@@ -123,13 +133,13 @@ def test_equal_logits_keep_the_lowest_ids(vocab_size):
     )
     for seed in range(2):
         rows.seeds.fill_(seed)
-        tokens, _ = cuda_sampling.sample(EmulatedBackend(80), logits, None, rows)
+        tokens, _ = sample(backend, logits, None, rows)
         wanted, _ = reference_sampling.sample(logits, None, rows)
         assert torch.equal(tokens, wanted)
     assert tokens[0] == 0
 
 
-def test_rows_without_a_token_and_rows_of_no_numbers_say_so():
+def test_rows_without_a_token_and_rows_of_no_numbers_say_so(backend):
     logits = normal(6, 50)
     logits[1, 7] = float("nan")
     logits[2] = float("-inf")
@@ -138,15 +148,13 @@ def test_rows_without_a_token_and_rows_of_no_numbers_say_so():
     allowed = torch.ones(6, 50, dtype=torch.bool)
     allowed[5] = False
     for setting in ((0.0, 0, 1.0, 0.0), (1.0, 5, 0.9, 0.1)):
-        tokens, log_probs = cuda_sampling.sample(
-            EmulatedBackend(80), logits, pack_mask(allowed), params([setting] * 6), log_probs=True
-        )
+        tokens, log_probs = sample(backend, logits, pack_mask(allowed), params([setting] * 6), log_probs=True)
         assert tokens[0] >= 0
         assert tokens[1:].tolist() == [-1] * 5
         assert log_probs[1:].isnan().all()
     allowed[1] = True
     allowed[1, 7] = False  # what is masked out may hold anything
-    tokens, _ = cuda_sampling.sample(EmulatedBackend(80), logits, pack_mask(allowed), params([setting] * 6))
+    tokens, _ = sample(backend, logits, pack_mask(allowed), params([setting] * 6))
     assert tokens[1] >= 0
 
 
@@ -157,17 +165,17 @@ def test_a_row_draws_the_same_alone_and_in_any_batch_and_order(order):
     logits = wide[:, 5:1305]
     mask = pack_mask(random_mask(len(settings), 1300, 0.8))
     rows = params(settings)
-    together, _ = cuda_sampling.sample(EmulatedBackend(80), logits, mask, rows)
+    together, _ = sample(EmulatedBackend(80), logits, mask, rows)
     for row in range(len(settings)):
         part = RowSampling(*(getattr(rows, name)[row : row + 1] for name in RowSampling.__slots__))
         backend = EmulatedBackend(80, order=order)
-        alone, _ = cuda_sampling.sample(backend, logits[row : row + 1].clone(), mask[row : row + 1], part)
+        alone, _ = sample(backend, logits[row : row + 1].clone(), mask[row : row + 1], part)
         assert torch.equal(alone, together[row : row + 1])
 
 
-def test_draws_follow_the_distribution():
+def test_draws_follow_the_distribution(backend):
     weights = np.array([0.5, 0.25, 0.125, 0.125])
     logits = torch.tensor(np.log(weights), dtype=torch.float32).expand(400, -1)
-    tokens, _ = cuda_sampling.sample(EmulatedBackend(80), logits, None, params([(1.0, 0, 1.0, 0.0)] * 400))
+    tokens, _ = sample(backend, logits, None, params([(1.0, 0, 1.0, 0.0)] * 400))
     counts = np.bincount(tokens.numpy(), minlength=4) / 400
     assert np.abs(counts - weights).max() < 0.08
