@@ -29,11 +29,11 @@ inline void pause() {
 #endif
 }
 
-// Waits until `done` holds. Spins for a few microseconds, then gives the processor away between looks: the system may have
-// put the thread that is waited for on this very processor, and would leave it there as long as the other one is busy.
+// Waits until `done` holds. Spins for about a hundred microseconds, longer than the threads of an op end apart, then gives
+// the processor away between looks: the system may have put the thread that is waited for on this very processor.
 template <typename Done>
 void spin_until(Done done) {
-    constexpr int kSpins = 256;
+    constexpr int kSpins = 4096;
     for (int i = 0; !done(); ++i) {
         if (i < kSpins) pause();
         else std::this_thread::yield();
