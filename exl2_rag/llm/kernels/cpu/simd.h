@@ -292,6 +292,17 @@ inline VecInt dot4(VecInt sum, VecUint codes, VecInt digits) {
 #endif
 }
 
+// The largest lane; NaN is never larger.
+inline float lane_maximum(Vec value) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(value);
+#else
+    float largest = value[0];
+    for (int i = 1; i < kLanes; ++i) largest = value[i] > largest ? value[i] : largest;
+    return largest;
+#endif
+}
+
 // e^x to about 1.5 units in the last place; 0 below -87.3, e^88.3 above 88.3, NaN for NaN.
 //   n = round(x / ln 2), r = x - n ln 2 in two steps, e^r by a polynomial (Cephes' coefficients), times 2^n.
 inline Vec exp_vec(Vec x) {
