@@ -76,23 +76,37 @@ struct Tile {
     float* weights;  // [lines, 64]
 };
 
-inline int64_t offset_of(const PagedAttention& args, int64_t sequence, int64_t kv_head, int64_t key) {
-    const int64_t page = args.page_table[sequence * args.table_width + key / args.page_size];
-    return ((page * args.page_size + key % args.page_size) * args.kv_heads + kv_head) * args.dim;
-}
+// Walks over the keys of a sequence: the offset of one key head's row in the pages.
+class KeyWalk {
+public:
+    KeyWalk(const PagedAttention& args, int64_t sequence, int64_t kv_head, int64_t key)
+        : page_(args.page_table + sequence * args.table_width + key / args.page_size),
+          row_(key % args.page_size),
+          page_size_(args.page_size),
+          row_stride_(args.kv_heads * args.dim),
+          head_offset_(kv_head * args.dim) {}
+
+    int64_t offset() const { return (int64_t{*page_} * page_size_ + row_) * row_stride_ + head_offset_; }
+
+    void next() {
+        if (++row_ < page_size_) return;
+        row_ = 0;
+        ++page_;
+    }
+
+private:
+    const int32_t* page_;
+    int64_t row_, page_size_, row_stride_, head_offset_;
+};
 
 // Rows of one key head lie apart, so the processor does not fetch the next ones by itself.
 template <typename Element>
-void prefetch_keys(const PagedAttention& args, int64_t sequence, int64_t kv_head, int64_t first, int64_t last) {
-    const int64_t row_bytes = args.dim * static_cast<int64_t>(sizeof(Element));
-    for (int64_t key = first; key < last; ++key) {
-        const int64_t offset = offset_of(args, sequence, kv_head, key);
-        const char* k = reinterpret_cast<const char*>(static_cast<const Element*>(args.k_pages) + offset);
-        const char* v = reinterpret_cast<const char*>(static_cast<const Element*>(args.v_pages) + offset);
-        for (int64_t i = 0; i < row_bytes; i += 64) {
-            __builtin_prefetch(k + i);
-            __builtin_prefetch(v + i);
-        }
+inline void prefetch_row(const PagedAttention& args, int64_t offset) {
+    const char* k = reinterpret_cast<const char*>(static_cast<const Element*>(args.k_pages) + offset);
+    const char* v = reinterpret_cast<const char*>(static_cast<const Element*>(args.v_pages) + offset);
+    for (int64_t i = 0; i < args.dim * static_cast<int64_t>(sizeof(Element)); i += 64) {
+        __builtin_prefetch(k + i);
+        __builtin_prefetch(v + i);
     }
 }
 
@@ -130,19 +144,27 @@ inline void transpose_block(const Element* const* rows, int64_t first, float* to
 #endif
 }
 
-// Keys `first` to `last` of a sequence into a tile that starts at key `start`; the rest of the tile becomes zeros.
+// Keys `first` to `last` of a sequence into a tile that starts at key `start`; the rest of the tile becomes zeros. On the way
+// the rows of the next tile are fetched, as far as there are keys: before `end`.
 template <typename Element>
-void load_tile(const Job& job, int64_t sequence, int64_t kv_head, int64_t start, int64_t first, int64_t last, Tile tile) {
+void load_tile(const Job& job, int64_t sequence, int64_t kv_head, int64_t start, int64_t first, int64_t last, int64_t end,
+               Tile tile) {
     const PagedAttention& args = job.args;
     const Element* keys[kTileKeys];
+    KeyWalk walk(args, sequence, kv_head, first), ahead(args, sequence, kv_head, start + kTileKeys < end ? start + kTileKeys : first);
     for (int64_t key = 0; key < kTileKeys; ++key) {
+        if (start + kTileKeys + key < end) {
+            prefetch_row<Element>(args, ahead.offset());
+            ahead.next();
+        }
         float* v = tile.values + key * job.padded_dim;
         keys[key] = nullptr;
         if (start + key < first || start + key >= last) {
             for (int64_t i = 0; i < job.padded_dim; ++i) v[i] = 0.0f;
             continue;
         }
-        const int64_t offset = offset_of(args, sequence, kv_head, start + key);
+        const int64_t offset = walk.offset();
+        walk.next();
         keys[key] = static_cast<const Element*>(args.k_pages) + offset;
         widen(static_cast<const Element*>(args.v_pages) + offset, args.dim, job.padded_dim, v);
     }
@@ -211,8 +233,7 @@ void attend(const Job& job, Line* lines, int64_t start, Tile tile, float* weight
             store(scores[i] + key, score);
             largest = select(score > largest, score, largest);
         }
-        float maximum = line.maximum;
-        for (int lane = 0; lane < kLanes; ++lane) maximum = largest[lane] > maximum ? largest[lane] : maximum;
+        const float maximum = lane_maximum(largest);
         // With every score at minus infinity there is nothing to subtract.
         const float shift = maximum == kMinusInfinity ? 0.0f : maximum;
         Wide sum = wide_zero();
@@ -269,12 +290,10 @@ bool attend_block(const void* context, int64_t task) {
         first_key = line.first_key < first_key ? line.first_key : first_key;
         last_key = line.last_key > last_key ? line.last_key : last_key;
     }
-    prefetch_keys<Element>(args, block.sequence, kv_head, first_key, first_key + kTileKeys < last_key ? first_key + kTileKeys : last_key);
     for (int64_t start = first_key / kTileKeys * kTileKeys; start < last_key; start += kTileKeys) {
         const int64_t from = start > first_key ? start : first_key, next = start + kTileKeys;
         const int64_t to = next < last_key ? next : last_key;
-        load_tile<Element>(job, block.sequence, kv_head, start, from, to, tile);
-        prefetch_keys<Element>(args, block.sequence, kv_head, to, next + kTileKeys < last_key ? next + kTileKeys : last_key);
+        load_tile<Element>(job, block.sequence, kv_head, start, from, to, last_key, tile);
         for (int64_t i = 0; i < n_lines; i += kLinesTogether)
             attend_some<kLinesTogether>(n_lines - i < kLinesTogether ? n_lines - i : kLinesTogether, job, lines + i, start, tile);
     }

@@ -30,8 +30,7 @@ void write_chunk(const Vec* x, int8_t* digits, float* scale, int32_t* sum) {
         const VecInt magnitude = as_int(x[v]) & 0x7fffffff;  // ordered like the numbers; NaN above all
         largest = magnitude > largest ? magnitude : largest;
     }
-    int32_t bits = 0;
-    for (int i = 0; i < kLanes; ++i) bits = largest[i] > bits ? largest[i] : bits;
+    const int32_t bits = lane_maximum(largest);
     float maximum;
     __builtin_memcpy(&maximum, &bits, 4);
     const bool finite = bits < 0x7f800000;
@@ -47,8 +46,7 @@ void write_chunk(const Vec* x, int8_t* digits, float* scale, int32_t* sum) {
         store_bytes(digits + v * kLanes, high);
         store_bytes(digits + kChunkRows + v * kLanes, number - (high << 7));
     }
-    *sum = 0;
-    for (int i = 0; i < kLanes; ++i) *sum += total[i];
+    *sum = lane_sum(total);
 }
 
 bool quantise_row(const void* context, int64_t row) {
@@ -56,11 +54,19 @@ bool quantise_row(const void* context, int64_t row) {
     const float* x = args.x + row * args.in;
     const int64_t chunks = args.in / kChunkRows;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        Vec values[kChunkVecs];
-        for (int v = 0; v < kChunkVecs; ++v) {
-            const int64_t first = chunk * kChunkRows + v * kLanes;
-            values[v] = args.perm == nullptr ? load(x + first) : gather(x, args.perm + first);
+        // One number after the other: gather instructions are slower than the loads they stand for on many processors.
+        float ordered[kChunkRows];
+        const float* from = x + chunk * kChunkRows;
+        if (args.perm != nullptr) {
+            const int32_t* perm = args.perm + chunk * kChunkRows;
+            for (int i = 0; i < kChunkRows; ++i) {
+                ordered[i] = x[perm[i]];
+                asm volatile("");  // or the compiler makes a gather of it
+            }
+            from = ordered;
         }
+        Vec values[kChunkVecs];
+        for (int v = 0; v < kChunkVecs; ++v) values[v] = load(from + v * kLanes);
         const int64_t index = row * chunks + chunk;
         write_chunk(values, args.digits + index * 2 * kChunkRows, args.scales + index, args.sums + index);
     }

@@ -6,8 +6,11 @@
 //     chunk:   f = float(128 * high_sum + low_sum - zero * sum(n));   piece += s * f        s: scale of x in the chunk
 //     piece:   up to 128 rows of one group;                            y += scale[n] * piece
 //
-// Few rows (T <= 4) multiply codes as they come out of the planes: memory is read once, front to back. With more rows up to
-// 256 rows of codes are spread out to a byte each (8 KiB, in the first cache) and multiplied by four rows of x at a time.
+// Few rows (T <= 4) multiply codes as they come out of the planes, so memory is read once, front to back. With more rows,
+// 128 rows of codes at a time are spread out to 16 bits, zero subtracted (8 KiB, in the first cache), and multiplied by
+// whole n of 16 bits: the same integers, with half as many sums to end. Both ways give the same bits. For that x is laid out
+// anew, so that rows that are multiplied together lie together: at their own distance, often a multiple of 4 KiB, they would
+// push each other out of the first cache.
 #include <stdint.h>
 
 #include "../exl2_layout.h"
@@ -20,11 +23,21 @@ namespace EXL2_LEVEL {
 namespace {
 
 constexpr int kPieceChunks = 4;
-constexpr int kMostTokens = 4;  // rows of x that are multiplied together: 16 sums of 32 AVX-512 registers
+constexpr int kMostTokens = 4;  // rows of x that are multiplied straight from the planes: 16 sums of 32 AVX-512 registers
 constexpr int kTileVecs = kTileColumns / kLanes;
 constexpr int kDigitBytes = 2 * kChunkRows;  // of a chunk
-constexpr int kSpreadChunks = 8;
-constexpr int kSpreadBytes = kSpreadChunks * kQuads * kUnitBytes;
+constexpr int kSpreadChunks = 4;
+constexpr int kPairs = kChunkRows / 2;  // of rows: what dot2 multiplies
+constexpr int kSpreadBytes = kSpreadChunks * kPairs * kUnitBytes;
+
+// Rows of x, and vectors of columns, that are multiplied together by spread codes.
+#if defined(__AVX512F__)
+constexpr int kSpreadTokens = 8, kSpreadVecs = 2;  // 16 sums of 32 registers
+#elif defined(__AVX2__)
+constexpr int kSpreadTokens = 4, kSpreadVecs = 2;  // 8 of 16
+#else
+constexpr int kSpreadTokens = 2, kSpreadVecs = 2;
+#endif
 
 // Vectors of columns that share the loads of x.
 #if defined(__AVX512F__)
@@ -33,7 +46,7 @@ constexpr int vecs_together(int) { return 2; }
 constexpr int vecs_together(int tokens) { return tokens == 1 ? 2 : 1; }
 #endif
 
-// The part of x that a piece meets: token t at `digits + t * digit_stride`, `scales + t * stride`, `sums + t * stride`.
+// The part of x that a piece meets, from a token and a chunk on.
 struct Numbers {
     const int8_t* digits;
     const float* scales;
@@ -177,34 +190,105 @@ AddPieces packed_function(int bits, bool zeros, int tokens) {
     }
 }
 
-// From codes spread out to bytes, which are the planes of 8-bit codes.
-AddPieces spread_function(int bits, bool zeros, int tokens) {
-    if (zeros) return for_tokens<8, false, true>(tokens);
-    return bits == 8 ? for_tokens<8, true, false>(tokens) : for_tokens<8, false, false>(tokens);
-}
-
+// The codes of one chunk as [16 pairs of rows][32 columns][2] int16, less what they are counted from.
 template <int kBits>
-void spread_chunks(const uint8_t* units, int chunks, uint8_t* out) {
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-        for (int column = 0; column < kTileColumns; column += kLanes) {
-            for_each_quad<kBits>(units + 4 * column, [&](auto quad, VecUint codes) {
-                uint32_t* words = reinterpret_cast<uint32_t*>(out + quad * kUnitBytes + 4 * column);
-                *reinterpret_cast<VecUintUnaligned*>(words) = codes;
-            });
-        }
-        units += Planes<kBits>::chunk_bytes;
-        out += kQuads * kUnitBytes;
+void spread_chunk(const uint8_t* units, int32_t zero, const uint8_t* zeros, int16_t* out) {
+    for (int column = 0; column < kTileColumns; column += kLanes) {
+        const VecInt from = zeros == nullptr ? splat_int(zero) : load_bytes(zeros + column);
+        const VecShort both = reinterpret_cast<VecShort>(from | from << 16);
+        for_each_quad<kBits>(units + 4 * column, [&](auto quad, VecUint codes) {
+            const VecUint first = (codes & 0xffu) | (codes & 0xff00u) << 8;
+            const VecUint second = (codes >> 16 & 0xffu) | (codes >> 8 & 0xff0000u);
+            uint32_t* words = reinterpret_cast<uint32_t*>(out) + 2 * quad * kTileColumns + column;
+            *reinterpret_cast<VecUintUnaligned*>(words) = reinterpret_cast<VecUint>(reinterpret_cast<VecShort>(first) - both);
+            *reinterpret_cast<VecUintUnaligned*>(words + kTileColumns) =
+                reinterpret_cast<VecUint>(reinterpret_cast<VecShort>(second) - both);
+        });
     }
 }
 
-void spread_any(int bits, const uint8_t* units, int chunks, uint8_t* out) {
-    switch (bits) {
-        case 2: return spread_chunks<2>(units, chunks, out);
-        case 3: return spread_chunks<3>(units, chunks, out);
-        case 4: return spread_chunks<4>(units, chunks, out);
-        case 5: return spread_chunks<5>(units, chunks, out);
-        case 6: return spread_chunks<6>(units, chunks, out);
+// The codes of a piece; returns where those of the next piece go.
+int16_t* spread_piece(const uint8_t* units, Piece piece, const uint8_t* zeros, int16_t* out) {
+    const int32_t zero = 1 << (piece.bits - 1);
+    for (int chunk = 0; chunk < piece.chunks; ++chunk) {
+        switch (piece.bits) {
+            case 2: spread_chunk<2>(units, zero, zeros, out); break;
+            case 3: spread_chunk<3>(units, zero, zeros, out); break;
+            case 4: spread_chunk<4>(units, zero, zeros, out); break;
+            case 5: spread_chunk<5>(units, zero, zeros, out); break;
+            case 6: spread_chunk<6>(units, zero, zeros, out); break;
+            case 8: spread_chunk<8>(units, zero, zeros, out); break;
+        }
+        units += piece.bits * kUnitBytes;
+        out += kPairs * kUnitBytes / 2;
     }
+    return out;
+}
+
+// Rows of x for spread codes, kSpreadTokens at a time: [blocks][chunks][kSpreadTokens] of 32 numbers and of their scale.
+struct Blocks {
+    const int16_t* numbers;
+    const float* scales;
+
+    Blocks at(int64_t chunks) const {
+        return {numbers + chunks * kSpreadTokens * kChunkRows, scales + chunks * kSpreadTokens};
+    }
+};
+
+// sums[t][v] += the products of one chunk. codes: at the first of the kSpreadVecs vectors.
+template <int kTokens>
+EXL2_ALWAYS_INLINE void multiply_pairs(const int16_t* codes, const int16_t* numbers, VecInt (&sums)[kTokens][kSpreadVecs]) {
+    for (int pair = 0; pair < kPairs; ++pair) {
+        VecInt pairs[kSpreadVecs];
+        for (int v = 0; v < kSpreadVecs; ++v) {
+            const uint32_t* words = reinterpret_cast<const uint32_t*>(codes) + pair * kTileColumns + v * kLanes;
+            pairs[v] = reinterpret_cast<VecInt>(load_words(words));
+        }
+        for (int t = 0; t < kTokens; ++t) {
+            int32_t two;
+            __builtin_memcpy(&two, numbers + t * kChunkRows + 2 * pair, 4);
+            for (int v = 0; v < kSpreadVecs; ++v) sums[t][v] = dot2(sums[t][v], pairs[v], splat_int(two));
+        }
+    }
+}
+
+// As add_pieces, from spread codes.
+template <int kTokens>
+void add_spread(const int16_t* codes, const Piece* pieces, int count, const float* scales, Blocks x, float* y) {
+    for (int p = 0; p < count; ++p) {
+        const float* piece_scales = scales + pieces[p].group * kTileColumns;
+        for (int v = 0; v < kTileVecs; v += kSpreadVecs) {
+            Vec result[kTokens][kSpreadVecs];
+            for (int t = 0; t < kTokens; ++t)
+                for (int i = 0; i < kSpreadVecs; ++i) result[t][i] = Vec{};
+            for (int chunk = 0; chunk < pieces[p].chunks; ++chunk) {
+                VecInt sums[kTokens][kSpreadVecs];
+                for (int t = 0; t < kTokens; ++t)
+                    for (int i = 0; i < kSpreadVecs; ++i) sums[t][i] = VecInt{};
+                const Blocks part = x.at(chunk);
+                multiply_pairs<kTokens>(codes + chunk * kPairs * kUnitBytes / 2 + 2 * v * kLanes, part.numbers, sums);
+                for (int t = 0; t < kTokens; ++t) {
+                    const Vec scale = splat(part.scales[t]);
+                    for (int i = 0; i < kSpreadVecs; ++i)
+                        result[t][i] = mul_add(__builtin_convertvector(sums[t][i], Vec), scale, result[t][i]);
+                }
+            }
+            for (int t = 0; t < kTokens; ++t) {
+                for (int i = 0; i < kSpreadVecs; ++i) {
+                    float* target = y + t * kTileColumns + (v + i) * kLanes;
+                    store(target, mul_add(result[t][i], load(piece_scales + (v + i) * kLanes), load(target)));
+                }
+            }
+        }
+        codes += pieces[p].chunks * kPairs * kUnitBytes / 2;
+        x = x.at(pieces[p].chunks);
+    }
+}
+
+template <int kTokens = kSpreadTokens>
+void add_spread_some(int tokens, const int16_t* codes, const Piece* pieces, int count, const float* scales, Blocks x, float* y) {
+    if (tokens == kTokens) return add_spread<kTokens>(codes, pieces, count, scales, x, y);
+    if constexpr (kTokens > 1) add_spread_some<kTokens - 1>(tokens, codes, pieces, count, scales, x, y);
 }
 
 // The squares of 1 to 16, for vectors that can look up sixteen numbers at once.
@@ -225,6 +309,7 @@ struct Job {
     const Piece* pieces;
     int n_pieces;
     const float* group_scales;  // as float32
+    Blocks blocks;              // where T > kMostTokens
 };
 
 // The scales of a tile, [n_groups, 32], rounded as the format rounds them.
@@ -247,12 +332,41 @@ void tile_scales(const Job& job, int64_t tile, float* out) {
     }
 }
 
-// How many of the pieces are of one width and together have at most so many chunks, and how many they have.
-int same_width(const Piece* pieces, int count, int64_t most_chunks, int& chunks) {
-    int n = 0;
-    chunks = 0;
-    while (n < count && pieces[n].bits == pieces[0].bits && chunks + pieces[n].chunks <= most_chunks) chunks += pieces[n++].chunks;
-    return n;
+// y [T, 32] of a tile straight from the planes, T <= kMostTokens.
+void multiply_packed(const Job& job, const uint8_t* units, TileTables tables, float* y) {
+    Numbers x{job.args.digits, job.args.x_scales, job.args.sums, job.args.in / kChunkRows};
+    for (int next = 0; next < job.n_pieces;) {
+        const Piece* pieces = job.pieces + next;
+        const int bits = pieces->bits;
+        int n = 0, chunks = 0;
+        while (next + n < job.n_pieces && pieces[n].bits == bits) chunks += pieces[n++].chunks;
+        packed_function(bits, tables.zeros != nullptr, static_cast<int>(job.args.rows))(units, pieces, n, tables, x, y);
+        units += static_cast<int64_t>(chunks) * bits * kUnitBytes;
+        x = x.at(0, chunks);
+        next += n;
+    }
+}
+
+// The same for any T. spread: room for kSpreadChunks chunks.
+void multiply_spread(const Job& job, const uint8_t* units, TileTables tables, int16_t* spread, float* y) {
+    Blocks x = job.blocks;
+    for (int next = 0; next < job.n_pieces;) {
+        const Piece* pieces = job.pieces + next;
+        int n = 0, chunks = 0;
+        for (int16_t* out = spread; next + n < job.n_pieces && chunks + pieces[n].chunks <= kSpreadChunks; ++n) {
+            const uint8_t* zeros = tables.zeros == nullptr ? nullptr : tables.zeros + pieces[n].group * kTileColumns;
+            out = spread_piece(units, pieces[n], zeros, out);
+            units += pieces[n].chunks * pieces[n].bits * kUnitBytes;
+            chunks += pieces[n].chunks;
+        }
+        for (int64_t t = 0; t < job.args.rows; t += kSpreadTokens) {
+            const int tokens = static_cast<int>(job.args.rows - t < kSpreadTokens ? job.args.rows - t : kSpreadTokens);
+            const Blocks block = x.at(t / kSpreadTokens * (job.args.in / kChunkRows));
+            add_spread_some(tokens, spread, pieces, n, tables.scales, block, y + t * kTileColumns);
+        }
+        x = x.at(chunks);
+        next += n;
+    }
 }
 
 bool multiply_tile(const void* context, int64_t tile) {
@@ -261,34 +375,14 @@ bool multiply_tile(const void* context, int64_t tile) {
     const int64_t scale_floats = args.n_groups * kTileColumns;
     float* memory = scratch(0, static_cast<size_t>(kSpreadBytes / 4 + scale_floats + args.rows * kTileColumns));
     if (memory == nullptr) return false;
-    uint8_t* spread = reinterpret_cast<uint8_t*>(memory);
     float* scales = memory + kSpreadBytes / 4;
     float* y = scales + scale_floats;
     for (int64_t i = 0; i < args.rows * kTileColumns; ++i) y[i] = 0.0f;
     tile_scales(job, tile, scales);
-
-    const bool zeros = args.zeros != nullptr, few = args.rows <= kMostTokens;
-    const TileTables tables{scales, zeros ? args.zeros + tile * args.n_groups * kTileColumns : nullptr};
-    const int64_t all_chunks = args.in / kChunkRows;
-    Numbers x{args.digits, args.x_scales, args.sums, all_chunks};
+    const TileTables tables{scales, args.zeros == nullptr ? nullptr : args.zeros + tile * args.n_groups * kTileColumns};
     const uint8_t* units = args.planes + tile * args.packed_rows * kUnitBytes;
-    for (int next = 0, n; next < job.n_pieces; next += n) {
-        const Piece* pieces = job.pieces + next;
-        const int bits = pieces->bits;
-        int chunks;
-        n = same_width(pieces, job.n_pieces - next, few || bits == 8 ? all_chunks : kSpreadChunks, chunks);
-        if (few) {
-            packed_function(bits, zeros, static_cast<int>(args.rows))(units, pieces, n, tables, x, y);
-        } else {
-            if (bits != 8) spread_any(bits, units, chunks, spread);
-            for (int64_t t = 0; t < args.rows; t += kMostTokens) {
-                const int tokens = static_cast<int>(args.rows - t < kMostTokens ? args.rows - t : kMostTokens);
-                spread_function(bits, zeros, tokens)(bits == 8 ? units : spread, pieces, n, tables, x.at(t, 0), y + t * kTileColumns);
-            }
-        }
-        units += static_cast<int64_t>(chunks) * bits * kUnitBytes;
-        x = x.at(0, chunks);
-    }
+    if (args.rows <= kMostTokens) multiply_packed(job, units, tables, y);
+    else multiply_spread(job, units, tables, reinterpret_cast<int16_t*>(memory), y);
 
     const int64_t first = tile * kTileColumns;
     const int64_t width = args.out - first < kTileColumns ? args.out - first : kTileColumns;
@@ -302,13 +396,40 @@ bool multiply_tile(const void* context, int64_t tile) {
     return true;
 }
 
+// Lays out one row of x for spread codes.
+struct Join {
+    const PlaneMatmul& args;
+    int16_t* numbers;
+    float* scales;
+};
+
+bool join_row(const void* context, int64_t row) {
+    const Join& job = *static_cast<const Join*>(context);
+    const int64_t chunks = job.args.in / kChunkRows;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const int64_t from = row * chunks + chunk;
+        const int64_t to = (row / kSpreadTokens * chunks + chunk) * kSpreadTokens + row % kSpreadTokens;
+        const int8_t* high = job.args.digits + from * kDigitBytes;
+        for (int i = 0; i < kChunkRows; ++i)
+            job.numbers[to * kChunkRows + i] = static_cast<int16_t>(high[i] * 128 + high[kChunkRows + i]);
+        job.scales[to] = job.args.x_scales[from];
+    }
+    return true;
+}
+
 }  // namespace
 
 int plane_matmul(const PlaneMatmul& args) {
     static_assert(alignof(Piece) <= alignof(float), "pieces lie behind floats");
-    const int64_t most_pieces = args.in / kChunkRows;
-    float* group_scales = scratch(1, static_cast<size_t>(args.n_groups + most_pieces * static_cast<int64_t>(sizeof(Piece) / 4)));
-    if (group_scales == nullptr) return kNoMemory;
+    const int64_t chunks = args.in / kChunkRows;
+    const bool few = args.rows <= kMostTokens;
+    const int64_t padded_rows = few ? 0 : (args.rows + kSpreadTokens - 1) / kSpreadTokens * kSpreadTokens;
+    const int64_t number_floats = padded_rows * args.in / 2, scale_floats = padded_rows * chunks;
+    const int64_t piece_floats = chunks * static_cast<int64_t>(sizeof(Piece) / sizeof(float));
+    float* memory = scratch(1, static_cast<size_t>(number_floats + scale_floats + args.n_groups + piece_floats));
+    if (memory == nullptr) return kNoMemory;
+    float* x_scales = memory + number_floats;
+    float* group_scales = x_scales + scale_floats;
     Piece* pieces = reinterpret_cast<Piece*>(group_scales + args.n_groups);
     int n_pieces = 0;
     for (int64_t group = 0; group < args.n_groups; ++group) {
@@ -316,7 +437,9 @@ int plane_matmul(const PlaneMatmul& args) {
         for (int left = args.groups[2 * group + 1] / kChunkRows; left > 0; left -= kPieceChunks)
             pieces[n_pieces++] = {left < kPieceChunks ? left : kPieceChunks, args.groups[2 * group], static_cast<int32_t>(group)};
     }
-    const Job job{args, pieces, n_pieces, group_scales};
+    const Join join{args, reinterpret_cast<int16_t*>(memory), x_scales};
+    if (!few) run_tasks(args.rows, args.rows * args.in / 4, join_row, &join);
+    const Job job{args, pieces, n_pieces, group_scales, {join.numbers, join.scales}};
     // Reading a weight from memory costs about as much as sixteen of these multiply-adds.
     const int64_t cost = args.in * args.out * (args.rows + 16) / 8;
     return run_tasks((args.out + kTileColumns - 1) / kTileColumns, cost, multiply_tile, &job) ? kOk : kNoMemory;

@@ -32,6 +32,7 @@ constexpr int kLanes = 4;
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t VecInt __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t VecUint __attribute__((vector_size(kLanes * 4)));
+typedef int16_t VecShort __attribute__((vector_size(kLanes * 4)));
 typedef Vec VecUnaligned __attribute__((aligned(4), may_alias));
 typedef VecUint VecUintUnaligned __attribute__((aligned(4), may_alias));
 
@@ -213,17 +214,6 @@ inline float wide_sum(Wide value) {
     return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
-// from[index[0]], from[index[1]], ...
-inline Vec gather(const float* from, const int32_t* index) {
-#if defined(__AVX512F__)
-    return _mm512_i32gather_ps(_mm512_loadu_si512(index), from, 4);
-#else
-    Vec result;
-    for (int i = 0; i < kLanes; ++i) result[i] = from[index[i]];
-    return result;
-#endif
-}
-
 // Numbers 0 to 255, one a lane.
 inline VecInt load_bytes(const uint8_t* from) {
 #if defined(__AVX512F__)
@@ -289,6 +279,51 @@ inline VecInt dot4(VecInt sum, VecUint codes, VecInt digits) {
     sum += (bytes >> 8 & 255) * (digits << 16 >> 24);
     sum += (bytes >> 16 & 255) * (digits << 8 >> 24);
     return sum + (bytes >> 24 & 255) * (digits >> 24);
+#endif
+}
+
+// sum + the dot product of two signed 16-bit numbers of `a` and of `b`, lane by lane, exactly.
+inline VecInt dot2(VecInt sum, VecInt a, VecInt b) {
+#if defined(__AVX512VNNI__)
+    return reinterpret_cast<VecInt>(
+        _mm512_dpwssd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX512BW__)
+    return sum + reinterpret_cast<VecInt>(_mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+    return sum + reinterpret_cast<VecInt>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#else
+    return sum + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+
+// The largest lane; NaN is never larger.
+inline float lane_maximum(Vec value) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(value);
+#else
+    float largest = value[0];
+    for (int i = 1; i < kLanes; ++i) largest = value[i] > largest ? value[i] : largest;
+    return largest;
+#endif
+}
+
+inline int32_t lane_maximum(VecInt value) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_epi32(reinterpret_cast<__m512i>(value));
+#else
+    int32_t largest = value[0];
+    for (int i = 1; i < kLanes; ++i) largest = value[i] > largest ? value[i] : largest;
+    return largest;
+#endif
+}
+
+inline int32_t lane_sum(VecInt value) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_epi32(reinterpret_cast<__m512i>(value));
+#else
+    int32_t sum = 0;
+    for (int i = 0; i < kLanes; ++i) sum += value[i];
+    return sum;
 #endif
 }
 

@@ -6,6 +6,9 @@
 #include "thread_pool.h"
 
 #include <pthread.h>
+#if defined(__linux__)
+#include <sched.h>
+#endif
 #include <stdlib.h>
 
 #include <atomic>
@@ -29,16 +32,42 @@ inline void pause() {
 #endif
 }
 
-// Waits until `done` holds. Spins for a few microseconds, then gives the processor away between looks: the system may have
-// put the thread that is waited for on this very processor, and would leave it there as long as the other one is busy.
+// Waits until `done` holds. Spins for about a hundred microseconds, longer than the threads of an op end apart, then gives
+// the processor away between looks: the system may have put the thread that is waited for on this very processor.
 template <typename Done>
 void spin_until(Done done) {
-    constexpr int kSpins = 256;
+    constexpr int kSpins = 4096;
     for (int i = 0; !done(); ++i) {
         if (i < kSpins) pause();
         else std::this_thread::yield();
     }
 }
+
+// Keeps a helper off the processor of its caller. The system sometimes wakes both on one and, with another program on the
+// next processor, leaves them there; each op then takes as long as both their shares and the waits in between.
+class Elsewhere {
+public:
+#if defined(__linux__)
+    Elsewhere() { known_ = sched_getaffinity(0, sizeof(allowed_), &allowed_) == 0; }
+
+    static int here() { return sched_getcpu(); }
+
+    // Move this thread if it is on `processor` and may run on others.
+    void leave(int processor) {
+        if (!known_ || processor < 0 || processor >= CPU_SETSIZE || sched_getcpu() != processor) return;
+        cpu_set_t others = allowed_;
+        CPU_CLR(static_cast<size_t>(processor), &others);
+        if (CPU_COUNT(&others) > 0) sched_setaffinity(0, sizeof(others), &others);
+    }
+
+private:
+    cpu_set_t allowed_;  // what this thread started with
+    bool known_;
+#else
+    static int here() { return -1; }
+    void leave(int) {}
+#endif
+};
 
 class Pool {
 public:
@@ -73,8 +102,10 @@ public:
         failed_.store(false);
         active_.store(helpers());
         if (awake_.load()) {
+            caller_.store(Elsewhere::here());
             generation_.fetch_add(1);
         } else {
+            caller_.store(-1);
             {
                 std::lock_guard<std::mutex> lock(mutex_);
                 generation_.fetch_add(1);
@@ -120,8 +151,10 @@ private:
 
     void work() {
         uint64_t seen = 0;
+        Elsewhere elsewhere;
         while (wait_for_op(seen)) {
             seen = generation_.load();
+            elsewhere.leave(caller_.load());
             take_tasks();
             if (active_.fetch_sub(1) > 1 || awake_.load()) continue;
             // The lock makes sure that the caller is not between looking and falling asleep.
@@ -138,7 +171,7 @@ private:
     int64_t count_ = 0;
     std::atomic<int64_t> next_{0};
     std::atomic<bool> failed_{false}, awake_{false}, stop_{false};
-    std::atomic<int> active_{0};
+    std::atomic<int> active_{0}, caller_{-1};  // caller_: the processor that the caller is on, while awake
     std::atomic<uint64_t> generation_{0};
 };
 
