@@ -95,10 +95,6 @@ TOLERANCES: Final[dict[str, Tolerance]] = {
     # Matmuls: float32 sums of K products of numbers around 1.
     "exl2_matmul": Tolerance(2e-5, 2e-5),
     "gptq_matmul": Tolerance(2e-5, 2e-5),
-    # On float16 activations. The result is rounded to float16 (2^-11 of it at most), and tensor cores add sixteen
-    # products at a time, cutting off below about 2^-23 of the largest number: 1e-5 a step, with products around 1.
-    "exl2_matmul_half": Tolerance(2e-4, 6e-4),
-    "gptq_matmul_half": Tolerance(2e-4, 6e-4),
     "dense_matmul": Tolerance(2e-5, 2e-5),
     "plane_matmul": Tolerance(2e-5, 2e-5),  # beside the same whole numbers; what `digits` rounds off is not counted
     "digits": Tolerance(0, 0),
@@ -109,6 +105,11 @@ TOLERANCES: Final[dict[str, Tolerance]] = {
     "rope_cache_write": Tolerance(1e-6, 1e-6),
     "paged_attention": Tolerance(5e-6, 5e-6),
 }
+
+
+HALF_PRODUCT_TOLERANCE: Final = Tolerance(2e-4, 6e-4)
+"""Of products of float16 activations on CUDA. The result is rounded to float16 (2^-11 of it at most), and tensor cores
+add sixteen products at a time, cutting off below about 2^-23 of the largest number: 1e-5 a step, with products around 1."""
 
 
 def exl2_prepare(
