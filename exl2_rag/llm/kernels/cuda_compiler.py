@@ -37,6 +37,8 @@ _LOCK_TIMEOUT_S: Final = 600
 _OPTIONS: Final = ("std=c++17", "ptxas=-v")
 _CUDA_HEADERS: Final = ("cuda_fp16.h", "cuda_fp16.hpp", "cuda_bf16.h", "cuda_bf16.hpp")
 
+_IMPORT_ROOT: Final = Path(__file__).resolve().parents[3]
+
 INSTALL_HINT: Final = "pip install 'exl2-rag[cuda]' (for drivers of CUDA 12: 'exl2-rag[cuda12]')"
 
 
@@ -385,13 +387,16 @@ def build_all(architectures: Sequence[int], names: Sequence[str] | None = None, 
     kept = module_cache()
     tasks = [(module, arch) for module in (modules() if names is None else names) for arch in architectures]
 
+    # The package as it is imported here, wherever the programs start.
+    path = os.pathsep.join([str(_IMPORT_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
     def build(task: tuple[str, int]) -> BuildResult:
         module, arch = task
         try:
             if jobs > 1 and not kept.has(module, arch):
                 # What goes wrong there goes wrong here too, with its message.
                 command = [sys.executable, "-m", __spec__.name, str(kept.directory), module, str(arch)]
-                subprocess.run(command, capture_output=True, check=False)
+                subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, check=False)
             return BuildResult(module, arch, kept.get(module, arch), None)
         except KernelError as error:
             return BuildResult(module, arch, None, str(error))

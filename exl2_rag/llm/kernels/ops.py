@@ -109,7 +109,7 @@ TOLERANCES: Final[dict[str, Tolerance]] = {
 
 HALF_PRODUCT_TOLERANCE: Final = Tolerance(2e-4, 6e-4)
 """Of products of float16 activations on CUDA. The result is rounded to float16 (2^-11 of it at most), and tensor cores
-add sixteen products at a time, cutting off below about 2^-23 of the largest number: 1e-5 a step, with products around 1."""
+add sixteen products at a time, cutting off below about 2^-23 of the largest: 1e-5 a step with numbers around 1."""
 
 
 def exl2_prepare(
