@@ -71,6 +71,7 @@ __device__ __forceinline__ void paged_attention_f32(const Query* q, const float*
                     const int page = (step + key) / batch.page_size;
                     const long long slot =
                         static_cast<long long>(pages[page]) * batch.page_size + (step + key) % batch.page_size;
+#pragma unroll 2
                     for (int i = lane; i < dim; i += kWarpThreads) {
                         vectors[key * stride + i] = from[(slot * batch.kv_heads + kv_head) * dim + i];
                     }
@@ -84,6 +85,7 @@ __device__ __forceinline__ void paged_attention_f32(const Query* q, const float*
                         float score = 0.0f;
                         if (is_seen) {
                             const float *a = queries + (warp + kWarps * n) * stride, *b = vectors + lane * stride;
+#pragma unroll 4
                             for (int i = 0; i < dim; ++i) score = fmaf(a[i], b[i], score);
                         }
                         score = is_seen ? shape_score(score, scale, softcap) : EXL2_MINUS_INFINITY;
@@ -104,6 +106,7 @@ __device__ __forceinline__ void paged_attention_f32(const Query* q, const float*
                             const int number = lane + kWarpThreads * i;
                             if (number >= dim) continue;
                             float added = 0.0f;
+#pragma unroll 4
                             for (int key = 0; key < n_keys; ++key) {
                                 added = fmaf(own[key], vectors[key * stride + number], added);
                             }
@@ -147,7 +150,7 @@ __device__ __forceinline__ void paged_attention_f32(const Query* q, const float*
 }  // namespace exl2
 
 #define EXL2_PAGED_ATTENTION_F32(name, Query)                                                                          \
-    extern "C" __global__ void __launch_bounds__(128)                                                                  \
+    extern "C" __global__ void __launch_bounds__(128, 2)                                                               \
         name(const Query* q, const float* k, const float* v, const __half* k_scales, const __half* v_scales,           \
              const int* page_table, const int* query_starts, const int* context_lens, const int* group_starts,         \
              const int* group_prefix_pages, float* outputs, float* sums, float* total_outputs, float* total_sums,      \
