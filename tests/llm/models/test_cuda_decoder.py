@@ -71,11 +71,11 @@ def test_long_slices_go_through_library_attention_and_give_the_same(tmp_path: Pa
     decoder = load(make_model_dir(tmp_path, quantised=True), precision="fast")
     monkeypatch.setattr(cuda_prefill, "MIN_ROWS", 32)
     tokens = torch.tensor(parity.random_tokens(TOKENS, 5, decoder.config.vocab_size))
-    plain = ForwardInputs.single(
-        tokens, start=0, pages=parity.Runner(decoder).page_table[0], page_size=parity.PAGE_SIZE
-    )
+    runners = [parity.Runner(decoder, dtype=torch.float16) for _ in range(2)]
+    pages = runners[0].page_table[0]
+    plain = ForwardInputs.single(tokens, start=0, pages=pages, page_size=parity.PAGE_SIZE)
     known = dataclasses.replace(plain, lengths=HostLengths((0, TOKENS), (TOKENS,)))
-    logits = [decoder.forward(inputs, parity.Runner(decoder).cache) for inputs in (plain, known)]
+    logits = [decoder.forward(inputs, one.cache) for inputs, one in zip((plain, known), runners, strict=True)]
     assert 0 < parity.max_error(logits[0], logits[1]) <= FAST_TOLERANCE
 
 
