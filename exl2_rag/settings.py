@@ -26,7 +26,7 @@ class EngineSettings(_Section):
     max_seq_len: int | None = Field(default=None, ge=16)
     cache_tokens: int | None = Field(default=None, ge=16)
     cache_dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
-    precision: Literal["auto", "exact"] = "auto"
+    precision: Literal["auto", "exact", "fast"] = "auto"
     max_batch_size: int | None = Field(default=None, ge=1)
     num_threads: int | None = Field(default=None, ge=1)
 

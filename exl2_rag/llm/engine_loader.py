@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,6 +99,7 @@ def _load(model_dir: Path, options: EngineOptions) -> LoadedModel:
         dtype=TORCH_DTYPES[engine_config.cache_dtype],
         device=device,
     )
+    _give_back_freed_memory()
     table_width = -(-engine_config.max_seq_len // engine_config.page_size)
     engine = Engine(
         ModelRunner(model, cache, device, decode_tapes=DecodeTapes(model, cache, table_width)),
@@ -112,6 +115,14 @@ def _load(model_dir: Path, options: EngineOptions) -> LoadedModel:
         ),
     )
     return LoadedModel(engine, tokenizer, config)
+
+
+def _give_back_freed_memory() -> None:
+    """Let the C library return what loading has freed: the tensors of the files, each as large as a matrix."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others need no asking
+        if trim is not None:
+            trim(0)
 
 
 def _engine_config(config: ModelConfig, checkpoint: Checkpoint, options: EngineOptions) -> EngineConfig:

@@ -68,7 +68,7 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
 
 
 def _greedy(logits: NDArray[np.float32]) -> list[int]:
-    """The most likely token of each row, the lowest id among equals: numpy's argmax takes the first, and NaN above all."""
+    """The most likely token of each row. numpy's argmax takes the first among equals, and NaN above all."""
     tokens = [int(row.argmax()) for row in logits]
     for row, token in enumerate(tokens):
         best = float(logits[row, token])

@@ -475,7 +475,7 @@ def test_the_model_says_what_it_is(llm: ExL2LLM, model_dir: Path) -> None:
     [
         ({"device": "cuda"}, "device='cuda'"),
         ({"cache_dtype": "q4"}, "cache_dtype='q4'"),
-        ({"precision": "fast"}, "precision='fast'"),
+        ({"precision": "best"}, "precision must be"),
         ({"draft_model": "prompt-lookup"}, "draft_model='prompt-lookup'"),
         ({"kv_store": "somewhere"}, "kv_store='somewhere'"),
         ({"max_seq_len": 100_000}, "max_seq_len must be from 2 to the model's 512"),

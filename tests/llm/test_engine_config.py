@@ -28,6 +28,7 @@ def test_defaults_follow_from_the_model() -> None:
     assert config.cache_tokens >= 512 * config.max_batch_size
     assert config.device == "cpu"
     assert config.precision == "exact"
+    assert resolve(EngineOptions(), SMALL, native=True, free_bytes=GIB).precision == "fast"
 
 
 def test_the_default_cache_takes_a_share_of_the_free_memory_and_has_a_cap() -> None:
@@ -77,7 +78,6 @@ def test_the_cache_is_fp32_where_the_weights_are_or_where_it_costs_nothing(shape
         ({"device": "cuda"}, "device='cuda'.*use 'cpu'"),
         ({"device": "cuda:1"}, "device='cuda:1'.*not available in this version"),
         ({"device": "tpu"}, "device must be 'auto' or 'cpu', got 'tpu'"),
-        ({"precision": "fast"}, "precision='fast'.*not available in this version"),
         ({"precision": "best"}, "precision must be"),
         ({"cache_dtype": "q8"}, "cache_dtype='q8'.*'fp16', 'bf16', 'fp32'"),
         ({"cache_dtype": "q6"}, "cache_dtype='q6'.*not available"),
