@@ -9,12 +9,14 @@ TORCH_INDEX ?=
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 PYTEST_ARGS ?=
+# For gpu-check, such as --quick or --skip-sanitizer.
+GPU_CHECK_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit format bench docs clean
+.PHONY: help demo test lint types unit format bench gpu-check docs clean
 
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-8s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-9s %s\n", $$1, $$2 }'
 
 demo: $(VENV)/.demo ## Set up, index the demo documents and ask them four questions (CPU, offline once installed)
 	$(BIN)/exl2-rag demo
@@ -37,6 +39,9 @@ format: $(VENV)/.test ## Rewrite the sources in the house style
 
 bench: $(VENV)/.test ## Run the CPU benchmarks; results go to benchmarks/results
 	$(BIN)/python benchmarks/run_all.py
+
+gpu-check: ## On a machine with a card: tests, compute-sanitizer and benchmarks, with PYTHON's own torch (no .venv)
+	$(PYTHON) tools/gpu_check.py $(GPU_CHECK_ARGS)
 
 docs: $(VENV)/.test ## Check that every relative link in the documentation leads somewhere
 	$(BIN)/python tools/check_docs.py

@@ -19,7 +19,9 @@ these; `assert` is only for what the package itself can get wrong.
      |   +- RequestCancelledError      the request was cancelled before it finished
      |   +- CacheIntegrityError        the page table contradicts itself (a bug in this package)
      +- KernelError                    an op called with tensors it cannot take
-     |   +- ShapeError, DTypeError, DeviceError
+     |   +- ShapeError, DTypeError
+     |   +- DeviceError                a device is missing, too old, or tensors live on different ones
+     |       +- DeviceMemoryError      the device has no memory left
      +- RetrievalError                 documents and the index
      |   +- DocumentError              one file cannot be read: `.reason` is short and countable
      |   +- EmptyCorpusError           no readable document
@@ -112,6 +114,10 @@ class DTypeError(KernelError):
 
 class DeviceError(KernelError):
     """A device is missing, unsupported, or tensors live on different ones."""
+
+
+class DeviceMemoryError(DeviceError):
+    """A device has no memory left."""
 
 
 class RetrievalError(Exl2RagError):

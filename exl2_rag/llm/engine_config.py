@@ -11,16 +11,22 @@ from pathlib import Path
 from exl2_rag.errors import SettingsError
 
 CACHE_DTYPE_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
-QUANTISED_CACHE_DTYPES = ("q8", "q6", "q4")
+QUANTISED_CACHE_BITS = {"q8": 8, "q6": 6, "q4": 4}
+QUANT_GROUP = 32  # numbers of a quantised cache that share a scale of 16 bits
 
 DEFAULT_PAGE_SIZE = 32
 DEFAULT_BATCH_SIZE = 32
 DEFAULT_BATCHED_TOKENS = 512
 # Prefill beside running decodes is kept short, so that nobody waits long for the next token.
 DEFAULT_PREFILL_BESIDE_DECODE = 128
+# A card computes thousands of tokens in the time it takes to read the weights a few times.
+CUDA_BATCHED_TOKENS = 2048
+CUDA_PREFILL_BESIDE_DECODE = 512
 
 CACHE_MEMORY_SHARE = 0.25  # of the memory that is free when the engine starts
 CACHE_MEMORY_CAP_BYTES = 8 * 2**30
+# Of a card's memory that is free beside the weights; the rest is for activations, CUDA graphs and torch's reserves.
+CUDA_CACHE_MEMORY_SHARE = 0.8
 ASSUMED_FREE_BYTES = 4 * 2**30  # where the system does not say
 # "auto" keeps keys and values in fp32 where that costs next to nothing, or where the weights are fp32 themselves.
 CHEAP_FP32_BYTES_PER_TOKEN = 16 * 2**10
@@ -49,11 +55,13 @@ class ModelShape:
         max_seq_len: tokens the model was made for.
         cache_elements_per_token: numbers in the cache for one token: 2 * layers * key/value heads * head dim.
         fp32_weights: the checkpoint's plain weights are float32.
+        head_dim: numbers of one head.
     """
 
     max_seq_len: int
     cache_elements_per_token: int
     fp32_weights: bool
+    head_dim: int = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,20 +110,23 @@ def resolve(
         SettingsError: an option out of range, or one that this version does not have.
     """
     device = _device(options.device)
-    precision = _precision(options.precision, native=native)
+    on_card = device.startswith("cuda")
+    precision = _precision(options.precision, native=native or on_card)
     max_seq_len = shape.max_seq_len if options.max_seq_len is None else options.max_seq_len
     _require(
         2 <= max_seq_len <= shape.max_seq_len, "max_seq_len", f"from 2 to the model's {shape.max_seq_len}", max_seq_len
     )
     page_size = DEFAULT_PAGE_SIZE if options.page_size is None else options.page_size
     _require(page_size in (16, 32, 64, 128, 256), "page_size", "16, 32, 64, 128 or 256", page_size)
-    cache_dtype = _cache_dtype(options.cache_dtype, shape)
+    cache_dtype = _cache_dtype(options.cache_dtype, shape, on_card=on_card, precision=precision)
     wanted_batch = DEFAULT_BATCH_SIZE if options.max_batch_size is None else options.max_batch_size
     _require(wanted_batch >= 1, "max_batch_size", "at least 1", wanted_batch)
     if options.cache_tokens is None:
         free = available_memory_bytes() if free_bytes is None else free_bytes
         budget = min(int(free * CACHE_MEMORY_SHARE), CACHE_MEMORY_CAP_BYTES)
-        fitting = budget // (shape.cache_elements_per_token * CACHE_DTYPE_BYTES[cache_dtype])
+        if on_card:
+            budget = int(free * CUDA_CACHE_MEMORY_SHARE)
+        fitting = int(budget // (shape.cache_elements_per_token * cache_bytes_per_element(cache_dtype)))
         # One page more than the longest sequence fills, so that it can share a page and copy its rows besides.
         n_pages = min(-(-max_seq_len // page_size) * wanted_batch + 1, fitting // page_size)
         _require(n_pages >= 1, "cache_tokens", "given, since too little memory is free to choose it", None)
@@ -124,8 +135,9 @@ def resolve(
         n_pages = -(-options.cache_tokens // page_size)
     max_batch_size = min(wanted_batch, n_pages) if options.max_batch_size is None else wanted_batch
     batched = options.max_batched_tokens
+    beside_decode = CUDA_PREFILL_BESIDE_DECODE if on_card else DEFAULT_PREFILL_BESIDE_DECODE
     if batched is None:
-        batched = max(DEFAULT_BATCHED_TOKENS, max_batch_size + DEFAULT_PREFILL_BESIDE_DECODE)
+        batched = max(CUDA_BATCHED_TOKENS if on_card else DEFAULT_BATCHED_TOKENS, max_batch_size + beside_decode)
     least = max_batch_size + 16
     _require(batched >= least, "max_batched_tokens", f"at least {least} (max_batch_size + 16)", batched)
     if options.num_threads is not None:
@@ -139,7 +151,7 @@ def resolve(
         cache_dtype=cache_dtype,
         precision=precision,
         max_batched_tokens=batched,
-        prefill_beside_decode=min(DEFAULT_PREFILL_BESIDE_DECODE, batched),
+        prefill_beside_decode=min(beside_decode, batched),
     )
 
 
@@ -184,12 +196,22 @@ def _cgroup_available() -> int | None:
     return None if text == "max" else max(0, int(text) - int(used.read_text(encoding="ascii")))
 
 
+def cache_bytes_per_element(cache_dtype: str) -> float:
+    """Bytes of cache for one number, in a quantised cache with its share of the scale."""
+    if cache_dtype in QUANTISED_CACHE_BITS:
+        return (QUANTISED_CACHE_BITS[cache_dtype] + 16 / QUANT_GROUP) / 8
+    return CACHE_DTYPE_BYTES[cache_dtype]
+
+
 def _device(device: str) -> str:
+    """ "auto" is for the caller to decide, who can look for a card; left to this, it is the CPU."""
     if device in ("auto", "cpu"):
         return "cpu"
-    if device == "cuda" or device.startswith("cuda:"):
-        raise SettingsError(f"device={device!r}: GPU kernels are not available in this version; use 'cpu' or 'auto'")
-    raise SettingsError(f"device must be 'auto' or 'cpu', got {device!r}")
+    if device == "cuda":
+        return "cuda:0"
+    if device.startswith("cuda:") and device.removeprefix("cuda:").isdecimal():
+        return device
+    raise SettingsError(f"device must be 'auto', 'cpu', 'cuda' or such as 'cuda:1', got {device!r}")
 
 
 def _precision(precision: str, *, native: bool) -> str:
@@ -200,17 +222,28 @@ def _precision(precision: str, *, native: bool) -> str:
     raise SettingsError(f"precision must be 'auto', 'exact' or 'fast', got {precision!r}")
 
 
-def _cache_dtype(cache_dtype: str, shape: ModelShape) -> str:
+def _cache_dtype(cache_dtype: str, shape: ModelShape, *, on_card: bool, precision: str) -> str:
     if cache_dtype == "auto":
+        if on_card:
+            return "fp16" if precision == "fast" else "fp32"
         is_cheap = shape.cache_elements_per_token * 4 <= CHEAP_FP32_BYTES_PER_TOKEN
         return "fp32" if shape.fp32_weights or is_cheap else "fp16"
     if cache_dtype in CACHE_DTYPE_BYTES:
         return cache_dtype
     known = ", ".join(f"'{name}'" for name in ("auto", *CACHE_DTYPE_BYTES))
-    if cache_dtype in QUANTISED_CACHE_DTYPES:
-        raise SettingsError(
-            f"cache_dtype={cache_dtype!r}: a quantised KV cache is not available in this version; use one of: {known}"
-        )
+    if cache_dtype in QUANTISED_CACHE_BITS:
+        if not on_card:
+            raise SettingsError(
+                f"cache_dtype={cache_dtype!r}: a quantised KV cache is not available on the CPU in this version; use "
+                f"one of: {known}"
+            )
+        if shape.head_dim % QUANT_GROUP:
+            raise SettingsError(
+                f"cache_dtype={cache_dtype!r} needs heads of a multiple of {QUANT_GROUP} numbers, those of this model "
+                f"have {shape.head_dim}; use one of: {known}"
+            )
+        return cache_dtype
+    known += "".join(f", '{name}'" for name in QUANTISED_CACHE_BITS)
     raise SettingsError(f"cache_dtype must be one of: {known}, got {cache_dtype!r}")
 
 

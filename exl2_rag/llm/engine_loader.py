@@ -3,31 +3,49 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from exl2_rag.errors import ModelError
+from exl2_rag.errors import DeviceMemoryError, ModelError
 from exl2_rag.llm.checkpoint import Checkpoint
 from exl2_rag.llm.config import ModelConfig
+from exl2_rag.llm.cuda_graphs import DecodeGraphs
 from exl2_rag.llm.decode_tapes import DecodeTapes
 from exl2_rag.llm.engine import Engine
-from exl2_rag.llm.engine_config import EngineConfig, EngineOptions, ModelShape, available_memory_bytes, resolve
+from exl2_rag.llm.engine_config import (
+    QUANTISED_CACHE_BITS,
+    EngineConfig,
+    EngineOptions,
+    ModelShape,
+    available_memory_bytes,
+    resolve,
+)
 from exl2_rag.llm.fingerprint import cache_fingerprint
+from exl2_rag.llm.kernels import cuda_runtime
+from exl2_rag.llm.kernels.cuda_backend import Backend
 from exl2_rag.llm.kernels.ops import native_available, set_num_threads
 from exl2_rag.llm.kv_cache import KVCache
 from exl2_rag.llm.model_runner import ModelRunner
+from exl2_rag.llm.models.cuda_decoder import load_cuda_model
 from exl2_rag.llm.models.registry import load_model
 from exl2_rag.llm.models.tensor_names import FINAL_NORM_KEY
 from exl2_rag.llm.output_text import TokenDecoder
+from exl2_rag.llm.quantised_kv_cache import QuantisedKVCache
 from exl2_rag.llm.request import GenerationRequest
 from exl2_rag.llm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from exl2_rag.llm.constraint import ConstraintMatcher
+
+_logger = logging.getLogger(__name__)
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -77,32 +95,19 @@ def load_engine(model_dir: Path, options: EngineOptions) -> LoadedModel:
 def _load(model_dir: Path, options: EngineOptions) -> LoadedModel:
     config = ModelConfig.from_dir(model_dir)
     checkpoint = Checkpoint.open(model_dir)
+    options = dataclasses.replace(options, device=choose_device(options.device))
+    backend = None
+    if options.device.startswith("cuda"):
+        backend = cuda_runtime.backend(torch.device(options.device))
     engine_config = _engine_config(config, checkpoint, options)
     tokenizer = Tokenizer.from_dir(model_dir)
     if options.num_threads is not None:
         set_num_threads(options.num_threads)
     device = torch.device(engine_config.device)
-    model = load_model(
-        model_dir,
-        config,
-        checkpoint,
-        device=device,
-        max_seq_len=engine_config.max_seq_len,
-        precision=engine_config.precision,
-    )
-    cache = KVCache(
-        n_layers=config.n_layers,
-        n_pages=engine_config.n_pages,
-        page_size=engine_config.page_size,
-        n_kv_heads=config.n_kv_heads,
-        head_dim=config.head_dim,
-        dtype=TORCH_DTYPES[engine_config.cache_dtype],
-        device=device,
-    )
-    _give_back_freed_memory()
-    table_width = -(-engine_config.max_seq_len // engine_config.page_size)
+    with memory_errors(device):
+        runner = _runner(model_dir, config, checkpoint, engine_config, backend)
     engine = Engine(
-        ModelRunner(model, cache, device, decode_tapes=DecodeTapes(model, cache, table_width)),
+        runner,
         engine_config,
         TokenizerText(tokenizer, config.vocab_size),
         vocab_size=config.vocab_size,
@@ -125,16 +130,114 @@ def _give_back_freed_memory() -> None:
             trim(0)
 
 
+def choose_device(wanted: str) -> str:
+    """ "auto" as the first card, if kernels can run on it, else the CPU; anything else as it is.
+
+    A card that is there but cannot be used is worth a notice: somebody paid for it.
+    """
+    if wanted != "auto" or not torch.cuda.is_available():
+        return "cpu" if wanted == "auto" else wanted
+    problem = cuda_runtime.unusable_because(0)
+    if problem is None:
+        return "cuda:0"
+    _logger.warning("running on the CPU, though there is a GPU: %s", problem)
+    return "cpu"
+
+
+@contextmanager
+def memory_errors(device: torch.device) -> Iterator[None]:
+    """Turn torch's error about a card's memory into ours, which says what to do.
+
+    Raises:
+        DeviceMemoryError: the model or its cache does not fit.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(
+            f"the model and its KV cache do not fit the memory of {device} ({str(error).splitlines()[0]}); close other "
+            "programs that use the card (`nvidia-smi` lists them), give a smaller cache_tokens, a cache_dtype of 'q8' "
+            "or 'q4', or a model of fewer bits"
+        ) from error
+
+
+def _runner(
+    model_dir: Path,
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    engine_config: EngineConfig,
+    backend: Backend | None,
+) -> ModelRunner:
+    """The model and its cache, on their device."""
+    device = torch.device(engine_config.device)
+    limit = engine_config.max_seq_len
+    if backend is None:
+        model = load_model(
+            model_dir, config, checkpoint, device=device, max_seq_len=limit, precision=engine_config.precision
+        )
+        _give_back_freed_memory()
+        cache = make_cache(config, engine_config)
+        return ModelRunner(model, cache, device, DecodeTapes(model, cache, -(-limit // engine_config.page_size)))
+    cuda_model = load_cuda_model(
+        model_dir,
+        config,
+        checkpoint,
+        backend,
+        device=device,
+        max_seq_len=limit,
+        precision=engine_config.precision,
+    )
+    cache = make_cache(config, engine_config)
+    graphs = DecodeGraphs(
+        lambda inputs: cuda_model.forward(inputs, cache),
+        device,
+        max_pages=-(-engine_config.sequence_limit // engine_config.page_size),
+    )
+    return ModelRunner(cuda_model, cache, device, graphs)
+
+
+def make_cache(config: ModelConfig, engine_config: EngineConfig) -> KVCache:
+    """The pages, zeroed."""
+    device = torch.device(engine_config.device)
+    bits = QUANTISED_CACHE_BITS.get(engine_config.cache_dtype)
+    if bits is not None:
+        return QuantisedKVCache(
+            n_layers=config.n_layers,
+            n_pages=engine_config.n_pages,
+            page_size=engine_config.page_size,
+            n_kv_heads=config.n_kv_heads,
+            head_dim=config.head_dim,
+            bits=bits,
+            device=device,
+        )
+    return KVCache(
+        n_layers=config.n_layers,
+        n_pages=engine_config.n_pages,
+        page_size=engine_config.page_size,
+        n_kv_heads=config.n_kv_heads,
+        head_dim=config.head_dim,
+        dtype=TORCH_DTYPES[engine_config.cache_dtype],
+        device=device,
+    )
+
+
 def _engine_config(config: ModelConfig, checkpoint: Checkpoint, options: EngineOptions) -> EngineConfig:
     norm = f"{FINAL_NORM_KEY}.weight"  # a plain tensor in every model; one that lacks it is refused when it is loaded
     shape = ModelShape(
         max_seq_len=config.max_seq_len,
         cache_elements_per_token=2 * config.n_layers * config.n_kv_heads * config.head_dim,
         fp32_weights=checkpoint.has(norm) and checkpoint.tensor(norm).dtype == torch.float32,
+        head_dim=config.head_dim,
     )
     return resolve(
         options,
         shape,
         native=native_available(),
-        free_bytes=max(0, available_memory_bytes() - checkpoint.total_bytes()),
+        free_bytes=max(0, _free_bytes(options.device) - checkpoint.total_bytes()),
     )
+
+
+def _free_bytes(device: str) -> int:
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(torch.device(device))[0])
+    return available_memory_bytes()

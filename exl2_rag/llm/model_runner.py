@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exl2_rag.llm.decode_tapes import DecodeTapes
 from exl2_rag.llm.forward_inputs import ForwardInputs
 from exl2_rag.llm.kv_cache import KVCache
 from exl2_rag.llm.page_table import PageCopy
 from exl2_rag.llm.scheduler import Slice
+from exl2_rag.llm.step_arrays import StepArrays
 
 
 class Model(Protocol):
@@ -24,6 +24,14 @@ class Model(Protocol):
         ...
 
 
+class RecordedSteps(Protocol):
+    """Runs steps that are the same sequence of kernels each time."""
+
+    def run(self, arrays: StepArrays) -> Tensor | None:
+        """[B, V] float32 logits of a decode step, valid until the next call; None: run this step without."""
+        ...
+
+
 class ModelRunner:
     """A model and its KV cache.
 
@@ -31,16 +39,16 @@ class ModelRunner:
         model: computes logits.
         cache: its keys and values.
         device: where the inputs go.
-        decode_tapes: runs the steps in which every sequence decodes, where it takes them.
+        recorded: runs steps that it has recorded: tapes on the CPU, graphs on a card.
     """
 
     def __init__(
-        self, model: Model, cache: KVCache, device: torch.device, *, decode_tapes: DecodeTapes | None = None
+        self, model: Model, cache: KVCache, device: torch.device, recorded: RecordedSteps | None = None
     ) -> None:
         self.cache = cache
         self._model = model
         self._device = device
-        self._decode_tapes = decode_tapes
+        self._recorded = recorded
 
     def copy_rows(self, copies: Seq[PageCopy]) -> None:
         """Carry out the copies, in their order."""
@@ -53,18 +61,20 @@ class ModelRunner:
 
         Returns:
             For each slice [rows, V] float32: one row if its end is reached and a token is to follow, the rows an
-            evaluation asks for, or none. Valid until the next call.
+            evaluation asks for, or none. Those of a decode step are valid until the next call.
         """
         wanted = [wanted_rows(one) for one in slices]
-        inputs = self.build_inputs(slices, wanted)
-        if self._decode_tapes is not None and self._decode_tapes.takes(len(slices)) and _is_decode(slices, wanted):
-            logits = self._decode_tapes.run(inputs)
-        else:
-            logits = self._model.forward(inputs, self.cache)
+        arrays = self._arrays(slices, wanted)
+        logits = None if self._recorded is None else self._recorded.run(arrays)
+        if logits is None:
+            logits = self._model.forward(arrays.to(self._device), self.cache)
         return list(torch.split(logits, [len(rows) for rows in wanted]))
 
     def build_inputs(self, slices: Seq[Slice], wanted: Seq[range]) -> ForwardInputs:
         """The ragged batch of the slices; `wanted` are the rows of each, counted from its start, that need logits."""
+        return self._arrays(slices, wanted).to(self._device)
+
+    def _arrays(self, slices: Seq[Slice], wanted: Seq[range]) -> StepArrays:
         page_size = self.cache.page_size
         counts = np.array([one.n_tokens for one in slices], dtype=np.int64)
         starts = np.concatenate([[0], np.cumsum(counts)])
@@ -83,25 +93,16 @@ class ModelRunner:
             positions[rows] = place
             slots[rows] = pages[place // page_size] * page_size + place % page_size
             page_table[row, : len(pages)] = pages
-        every_row = sum(len(offsets) for offsets in wanted) == starts[-1]
         logit_rows = [starts[row] + offset for row, offsets in enumerate(wanted) for offset in offsets]
-        return ForwardInputs(
-            token_ids=self._tensor(token_ids),
-            positions=self._tensor(positions),
-            slot_mapping=self._tensor(slots),
-            page_table=self._tensor(page_table),
-            query_starts=self._tensor(starts.astype(np.int32)),
-            context_lens=self._tensor(context_lens),
-            logit_rows=None if every_row else self._tensor(np.array(logit_rows, dtype=np.int64)),
+        return StepArrays(
+            token_ids=token_ids,
+            positions=positions,
+            slot_mapping=slots,
+            page_table=page_table,
+            query_starts=starts.astype(np.int32),
+            context_lens=context_lens,
+            logit_rows=np.array(logit_rows, dtype=np.int64),
         )
-
-    def _tensor(self, array: np.ndarray[tuple[int, ...], np.dtype[np.int32] | np.dtype[np.int64]]) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
-
-
-def _is_decode(slices: Seq[Slice], wanted: Seq[range]) -> bool:
-    """Whether each slice is one token whose logits are wanted."""
-    return all(one.n_tokens == 1 and len(rows) == 1 for one, rows in zip(slices, wanted, strict=True))
 
 
 def wanted_rows(one: Slice) -> range:

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from exl2_rag.errors import EngineError
+from exl2_rag.llm.device_sampler import sample_rows
+from exl2_rag.llm.kernels.cuda_backend import Backend
 from exl2_rag.llm.request import SamplingParams
 
 TOP_P_CANDIDATES = 256  # sorting so many usually suffices; a flatter distribution is sorted whole
@@ -51,6 +53,8 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
     Raises:
         EngineError: a row has no token that may be drawn, or holds NaN; the message names the first such row.
     """
+    if logits.device.type == "cuda":
+        return _sample_on_card(logits, draws)
     logits = _masked(logits, draws)
     if logits.device.type == "cpu" and all(draw.params.temperature == 0 for draw in draws):
         return _greedy(logits.numpy())
@@ -65,6 +69,28 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
         rows = torch.tensor(random_rows, device=logits.device)
         tokens[rows] = _draw(logits[rows], [draws[row] for row in random_rows])
     return [int(token) for token in tokens.tolist()]
+
+
+def _sample_on_card(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
+    from exl2_rag.llm.kernels import cuda_runtime
+
+    return sample_with(cuda_runtime.backend(logits.device), logits, draws)
+
+
+def sample_with(backend: Backend, logits: Tensor, draws: Sequence[Draw]) -> list[int]:
+    """As `sample`, by the kernel of a CUDA backend."""
+    tokens = sample_rows(
+        backend,
+        logits,
+        [draw.params for draw in draws],
+        [draw.seed for draw in draws],
+        [draw.step for draw in draws],
+        [draw.allowed for draw in draws],
+    )
+    if min(tokens, default=0) < 0:
+        row = next(row for row, token in enumerate(tokens) if token < 0)
+        raise EngineError(_why_not(float(_masked(logits[row : row + 1], draws[row : row + 1]).amax()), row))
+    return tokens
 
 
 def _greedy(logits: NDArray[np.float32]) -> list[int]:

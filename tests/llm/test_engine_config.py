@@ -15,6 +15,7 @@ from exl2_rag.llm.engine_config import (
 
 SMALL = ModelShape(max_seq_len=512, cache_elements_per_token=512, fp32_weights=False)
 LARGE = ModelShape(max_seq_len=131_072, cache_elements_per_token=16_384, fp32_weights=False)
+ODD_HEADS = ModelShape(max_seq_len=512, cache_elements_per_token=512, fp32_weights=False, head_dim=80)
 GIB = 2**30
 
 
@@ -75,13 +76,13 @@ def test_the_cache_is_fp32_where_the_weights_are_or_where_it_costs_nothing(shape
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"device": "cuda"}, "device='cuda'.*use 'cpu'"),
-        ({"device": "cuda:1"}, "device='cuda:1'.*not available in this version"),
-        ({"device": "tpu"}, "device must be 'auto' or 'cpu', got 'tpu'"),
+        ({"device": "tpu"}, "device must be 'auto', 'cpu', 'cuda' or such as 'cuda:1', got 'tpu'"),
+        ({"device": "cuda:x"}, "device must be .* got 'cuda:x'"),
         ({"precision": "best"}, "precision must be"),
         ({"cache_dtype": "q8"}, "cache_dtype='q8'.*'fp16', 'bf16', 'fp32'"),
         ({"cache_dtype": "q6"}, "cache_dtype='q6'.*not available"),
         ({"cache_dtype": "q4"}, "cache_dtype='q4'.*not available"),
+        ({"cache_dtype": "q4", "device": "cuda", "shape": ODD_HEADS}, "heads of a multiple of 32 .* have 80"),
         ({"cache_dtype": "int3"}, "cache_dtype must be one of"),
         ({"max_seq_len": 1}, "max_seq_len must be from 2 to the model's 512, got 1"),
         ({"max_seq_len": 513}, "max_seq_len must be from 2 to the model's 512, got 513"),
@@ -110,3 +111,29 @@ def test_options_of_later_versions_are_refused_by_name(option: str) -> None:
 
 def test_the_free_memory_is_a_sensible_number() -> None:
     assert 2**20 < available_memory_bytes() < 2**50
+
+
+def test_a_card_is_used_for_what_it_is_good_at() -> None:
+    on_card, on_cpu = resolved(LARGE, device="cuda"), resolved(LARGE)
+    assert (on_card.device, on_card.precision, on_card.cache_dtype) == ("cuda:0", "fast", "fp16")
+    assert resolved(LARGE, device="cuda:1").device == "cuda:1"
+    assert on_card.max_batched_tokens > on_cpu.max_batched_tokens
+    assert on_card.prefill_beside_decode > on_cpu.prefill_beside_decode
+    exact = resolved(LARGE, device="cuda", precision="exact")
+    assert (exact.precision, exact.cache_dtype) == ("exact", "fp32")
+
+
+def test_a_cache_on_a_card_takes_most_of_what_is_free() -> None:
+    bytes_per_token = LARGE.cache_elements_per_token * 2
+    config = resolved(LARGE, 20 * GIB, device="cuda", max_batch_size=1000)
+    assert 15 * GIB < config.cache_tokens * bytes_per_token <= 16 * GIB
+
+
+def test_a_quantised_cache_holds_more_tokens() -> None:
+    tokens = {
+        dtype: resolved(LARGE, 20 * GIB, device="cuda", max_batch_size=1000, cache_dtype=dtype).cache_tokens
+        for dtype in ("fp16", "q8", "q6", "q4")
+    }
+    assert tokens["q8"] == pytest.approx(tokens["fp16"] * 16 / 8.5, rel=1e-3)
+    assert tokens["q4"] == pytest.approx(tokens["fp16"] * 16 / 4.5, rel=1e-3)
+    assert tokens["q8"] < tokens["q6"] < tokens["q4"]

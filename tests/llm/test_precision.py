@@ -11,6 +11,7 @@ from torch import Tensor
 from exl2_rag import ExL2LLM, SamplingParams, demo
 from exl2_rag.llm.decode_tapes import MOST_ROWS, MOST_TAPES, DecodeTapes
 from exl2_rag.llm.kernels import ops
+from exl2_rag.llm.step_arrays import StepArrays
 from tests.support.synthetic import make_model_dir
 
 REPOSITORY = Path(__file__).parents[2]
@@ -50,17 +51,22 @@ def test_auto_is_fast_with_native_kernels_alone(model_dir: Path) -> None:
 def test_decode_steps_are_recorded_and_give_the_same_text(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [list(range(97, 97 + 3 + 2 * n)) for n in range(MOST_ROWS + 2)]
     recorded = {size: [] for size in (1, 2, 5, MOST_ROWS, MOST_ROWS + 2)}
-    runs: list[int] = []
+    sizes: list[int] = []
     original = DecodeTapes.run
-    monkeypatch.setattr(
-        DecodeTapes, "run", lambda self, inputs: runs.append(len(inputs.token_ids)) or original(self, inputs)
-    )
+
+    def run(self: DecodeTapes, arrays: StepArrays) -> Tensor | None:
+        logits = original(self, arrays)
+        if logits is not None:
+            sizes.append(len(arrays.token_ids))
+        return logits
+
+    monkeypatch.setattr(DecodeTapes, "run", run)
     with ExL2LLM(model_dir, precision="fast") as llm:
         for size in recorded:
             recorded[size] = [one.token_ids for one in llm.generate(prompts[:size], GREEDY)]
-    assert {1, 2, 5, MOST_ROWS} <= set(runs)
-    assert max(runs) == MOST_ROWS
-    monkeypatch.setattr(DecodeTapes, "takes", lambda self, n_rows: False)
+    assert {1, 2, 5, MOST_ROWS} <= set(sizes)
+    assert max(sizes) == MOST_ROWS
+    monkeypatch.setattr(DecodeTapes, "run", lambda self, arrays: None)
     with ExL2LLM(model_dir, precision="fast") as llm:
         for size, tokens in recorded.items():
             assert [one.token_ids for one in llm.generate(prompts[:size], GREEDY)] == tokens
@@ -69,8 +75,8 @@ def test_decode_steps_are_recorded_and_give_the_same_text(model_dir: Path, monke
 @pytest.mark.usefixtures("native_only")
 def test_only_the_last_few_batch_sizes_stay_recorded(model_dir: Path) -> None:
     with ExL2LLM(model_dir, precision="fast") as llm:
-        tapes = llm._engine._runner._decode_tapes
-        assert tapes is not None
+        tapes = llm._engine._runner._recorded
+        assert isinstance(tapes, DecodeTapes)
         for size in range(1, MOST_TAPES + 3):
             llm.generate([[97, 98 + n] for n in range(size)], GREEDY)
         assert len(tapes._recorded) == MOST_TAPES

@@ -3,7 +3,8 @@
 Each op is a torch operator (namespace `exl2_rag`) with an implementation per device and a fake for tracing. Each has
 its namesake in `reference.py`, and a tolerance here that every implementation keeps against it. What row t of a
 result holds depends on row t of the input alone: not on T, not on the other rows, not on the threads, because the
-order of additions is fixed. Prefix hits, batching and slicing therefore change nothing.
+order of additions is fixed. Prefix hits, batching and slicing therefore change nothing. Where activations are float32,
+on CUDA they may be float16 too; the result has their dtype.
 
 Knows nothing of layers or files. Inputs may be strided, weights and pages may not: copying those would hide a cost.
 """
@@ -18,14 +19,22 @@ from torch import Tensor
 
 from exl2_rag.errors import DTypeError, ShapeError
 from exl2_rag.llm.kernels import reference, registry
+from exl2_rag.llm.kernels.attention_ops import (
+    paged_attention_quantised,
+    paged_attention_shared,
+    quantise_kv_write,
+    sample,
+)
 from exl2_rag.llm.kernels.checks import (
     FLOATS,
+    check_activations,
     check_devices,
     check_exl2_parts,
     check_float,
     check_gptq_parts,
     product_target,
 )
+from exl2_rag.llm.kernels.kv_format import QuantisedPages
 from exl2_rag.llm.kernels.native import native_available, read_memory, set_num_threads
 from exl2_rag.llm.kernels.plane_ops import (
     add_into,
@@ -35,15 +44,19 @@ from exl2_rag.llm.kernels.plane_ops import (
     gptq_prepare_planes,
     plane_matmul,
 )
+from exl2_rag.llm.kernels.sampling_params import RowSampling
 from exl2_rag.llm.kernels.weight_memory import WeightMemory
 from exl2_rag.llm.kernels.weights import Digits, Exl2Weights, GptqWeights, PlaneWeights
 
 __all__ = [
+    "HALF_TOLERANCES",
     "TOLERANCES",
     "Digits",
     "Exl2Weights",
     "GptqWeights",
     "PlaneWeights",
+    "QuantisedPages",
+    "RowSampling",
     "Tolerance",
     "WeightMemory",
     "add_into",
@@ -58,10 +71,14 @@ __all__ = [
     "gptq_prepare_planes",
     "native_available",
     "paged_attention",
+    "paged_attention_quantised",
+    "paged_attention_shared",
     "plane_matmul",
+    "quantise_kv_write",
     "read_memory",
     "rms_norm",
     "rope_cache_write",
+    "sample",
     "set_num_threads",
     "silu_mul",
 ]
@@ -88,6 +105,13 @@ TOLERANCES: Final[dict[str, Tolerance]] = {
     "silu_mul": Tolerance(2e-6, 2e-6),
     "rope_cache_write": Tolerance(1e-6, 1e-6),
     "paged_attention": Tolerance(5e-6, 5e-6),
+}
+
+HALF_TOLERANCES: Final[dict[str, Tolerance]] = {
+    # On float16 activations (CUDA). The result is rounded to float16 (2^-11 of it at most), and tensor cores add
+    # sixteen products at a time, cutting off below about 2^-23 of the largest: with some hundred around 1, 1e-5 a step.
+    "exl2_matmul": Tolerance(2e-4, 6e-4),
+    "gptq_matmul": Tolerance(2e-4, 6e-4),
 }
 
 
@@ -202,7 +226,7 @@ def dense_matmul(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, add_t
     Raises:
         ShapeError, DTypeError, DeviceError: the tensors do not fit.
     """
-    check_float("dense_matmul", "x", x, 2)
+    check_activations("dense_matmul", "x", x, 2)
     if weight.dtype not in FLOATS:
         raise DTypeError(f"dense_matmul: weight must be float32, float16 or bfloat16, it is {weight.dtype}")
     if weight.dim() != 2 or weight.shape[1] != x.shape[1] or not weight.is_contiguous():
@@ -230,7 +254,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Raises:
         ShapeError, DTypeError, DeviceError: the two do not fit.
     """
-    check_float("rms_norm", "x", x, 2)
+    check_activations("rms_norm", "x", x, 2)
     check_float("rms_norm", "weight", weight, 1)
     if weight.shape[0] != x.shape[1]:
         raise ShapeError(f"rms_norm: weight must be [{x.shape[1]}], it is {list(weight.shape)}")
@@ -251,8 +275,8 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     Raises:
         ShapeError, DTypeError, DeviceError: the two do not fit.
     """
-    check_float("silu_mul", "gate", gate, 2)
-    check_float("silu_mul", "up", up, 2)
+    check_activations("silu_mul", "gate", gate, 2)
+    check_activations("silu_mul", "up", up, 2)
     if gate.shape != up.shape:
         raise ShapeError(f"silu_mul: gate is {list(gate.shape)}, up is {list(up.shape)}; they must be alike")
     check_devices("silu_mul", gate, up)
@@ -301,8 +325,12 @@ def rope_cache_write(
         ShapeError, DTypeError, DeviceError: a tensor does not fit, or a position or slot is out of range.
     """
     op = "rope_cache_write"
-    for name, tensor, dims in (("q", q, 3), ("k", k, 3), ("v", v, 3), ("cos", cos, 2), ("sin", sin, 2)):
-        check_float(op, name, tensor, dims)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_activations(op, name, tensor, 3)
+        if tensor.dtype != q.dtype:
+            raise DTypeError(f"{op}: q, k and v must be of one dtype, {name} is {tensor.dtype} and q is {q.dtype}")
+    for name, tensor in (("cos", cos), ("sin", sin)):
+        check_float(op, name, tensor, 2)
     for name, tensor in (("positions", positions), ("slot_mapping", slot_mapping)):
         if tensor.dtype != torch.int64:
             raise DTypeError(f"{op}: {name} must be int64, it is {tensor.dtype}")
@@ -354,7 +382,7 @@ def paged_attention(
         ShapeError, DTypeError, DeviceError: a tensor does not fit, or a page or length is out of range.
     """
     op = "paged_attention"
-    check_float(op, "q", q, 3)
+    check_activations(op, "q", q, 3)
     _check_pages(op, k_pages, v_pages)
     if q.shape[2] != k_pages.shape[3] or q.shape[1] % k_pages.shape[2]:
         raise ShapeError(

@@ -13,6 +13,12 @@ from torch import Tensor
 from exl2_rag.errors import ShapeError
 from exl2_rag.llm.kernels import checks
 from exl2_rag.llm.kernels import codes as bit_codes
+from exl2_rag.llm.kernels.reference_attention import check_batch as check_batch  # noqa: PLC0414
+from exl2_rag.llm.kernels.reference_attention import check_range, rotate_half
+from exl2_rag.llm.kernels.reference_attention import paged_attention as paged_attention  # noqa: PLC0414
+from exl2_rag.llm.kernels.reference_attention import paged_attention_shared as paged_attention_shared  # noqa: PLC0414
+from exl2_rag.llm.kernels.reference_attention import quantise_kv_write as quantise_kv_write  # noqa: PLC0414
+from exl2_rag.llm.kernels.reference_sampling import sample as sample  # noqa: PLC0414
 from exl2_rag.llm.kernels.weights import TILE_COLUMNS, Exl2Weights, GptqWeights, Group, parse_groups
 
 _MAX_DECODED = 1 << 22  # weights decoded at a time: 16 MiB of float32, never the whole matrix of a large layer
@@ -169,7 +175,7 @@ def dense_matmul(x: Tensor, weight: Tensor, *, bias: Tensor | None = None) -> Te
 
 def embedding(table: Tensor, token_ids: Tensor) -> Tensor:
     """The rows of `table` [V, C] that `token_ids` [T] name, in float32."""
-    _check_range("embedding", "token_ids", token_ids, table.shape[0])
+    check_range("embedding", "token_ids", token_ids, table.shape[0])
     return table.index_select(0, token_ids).to(torch.float32)
 
 
@@ -190,20 +196,6 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return (wide * torch.sigmoid(wide) * up.double()).to(torch.float32)
 
 
-def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first R of each head's D numbers; number i of the first half goes with number i of the second."""
-    half = cos.shape[-1]
-    first, second, rest = heads[..., :half], heads[..., half : 2 * half], heads[..., 2 * half :]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
-
-
-def _check_range(op: str, name: str, numbers: Tensor, limit: int) -> None:
-    if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < limit:
-        raise ShapeError(
-            f"{op}: {name} must be 0 to {limit - 1}, they run from {int(numbers.min())} to {int(numbers.max())}"
-        )
-
-
 def rope_cache_write(
     q: Tensor,
     k: Tensor,
@@ -216,60 +208,10 @@ def rope_cache_write(
     v_pages: Tensor,
 ) -> Tensor:
     """Rotate q and k, write k and v into their pages, return q."""
-    _check_range("rope_cache_write", "positions", positions, cos.shape[0])
-    _check_range("rope_cache_write", "slot_mapping", slot_mapping, k_pages.shape[0] * k_pages.shape[1])
+    check_range("rope_cache_write", "positions", positions, cos.shape[0])
+    check_range("rope_cache_write", "slot_mapping", slot_mapping, k_pages.shape[0] * k_pages.shape[1])
     row_cos, row_sin = cos[positions][:, None], sin[positions][:, None]
     page, row = slot_mapping // k_pages.shape[1], slot_mapping % k_pages.shape[1]
-    k_pages[page, row] = _rotate(k, row_cos, row_sin).to(k_pages.dtype)
+    k_pages[page, row] = rotate_half(k, row_cos, row_sin).to(k_pages.dtype)
     v_pages[page, row] = v.to(v_pages.dtype)
-    return _rotate(q, row_cos, row_sin)
-
-
-def check_batch(starts: list[int], contexts: list[int], *, n_rows: int, limit_tokens: int) -> None:
-    """Refuse a ragged batch whose lengths contradict each other or the page table."""
-    if starts[0] != 0 or starts[-1] != n_rows:
-        raise ShapeError(f"paged_attention: query_starts must run from 0 to {n_rows}, they are {starts}")
-    for sequence, context in enumerate(contexts):
-        count = starts[sequence + 1] - starts[sequence]
-        if not 0 <= count <= context <= limit_tokens:
-            raise ShapeError(
-                f"paged_attention: sequence {sequence} has {count} new rows and {context} tokens in the cache; "
-                f"rows must not outnumber tokens, nor tokens the {limit_tokens} that the page table can name"
-            )
-
-
-def paged_attention(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_table: Tensor,
-    query_starts: Tensor,
-    context_lens: Tensor,
-    *,
-    softmax_scale: float,
-    sliding_window: int = 0,
-) -> Tensor:
-    """Causal attention of each sequence's new rows over everything it has in the cache."""
-    page_size, n_kv_heads, head_dim = k_pages.shape[1:]
-    repeats = q.shape[1] // n_kv_heads
-    output = torch.zeros_like(q)
-    starts, contexts = query_starts.tolist(), context_lens.tolist()
-    check_batch(starts, contexts, n_rows=q.shape[0], limit_tokens=page_table.shape[1] * page_size)
-    for sequence, context in enumerate(contexts):
-        first, last = starts[sequence], starts[sequence + 1]
-        if last == first:
-            continue
-        pages = page_table[sequence, : -(-context // page_size)].to(torch.int64)
-        _check_range("paged_attention", "page_table entries in use", pages, k_pages.shape[0])
-        keys = k_pages[pages].reshape(-1, n_kv_heads, head_dim)[:context].double()
-        values = v_pages[pages].reshape(-1, n_kv_heads, head_dim)[:context].double()
-        queries = q[first:last].double().reshape(-1, n_kv_heads, repeats, head_dim)
-        scores = torch.einsum("tkrd,skd->krts", queries, keys) * softmax_scale
-        query_position = torch.arange(context - (last - first), context, device=q.device)[:, None]
-        key_position = torch.arange(context, device=q.device)[None, :]
-        hidden = key_position > query_position
-        if sliding_window > 0:
-            hidden |= key_position <= query_position - sliding_window
-        weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
-        output[first:last] = torch.einsum("krts,skd->tkrd", weights, values).flatten(1, 2).to(torch.float32)
-    return output
+    return rotate_half(q, row_cos, row_sin)

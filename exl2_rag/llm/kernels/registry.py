@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exl2_rag.llm.kernels import cpu_ops, native, reference, reference_planes
+from exl2_rag.llm.kernels import cpu_ops, cuda_ops, native, reference, reference_planes
 from exl2_rag.llm.kernels.weights import CHUNK_ROWS, TILE_COLUMNS, Digits, Exl2Weights, GptqWeights, PlaneWeights
 
 _new_library: Any = torch.library.Library  # torch ships it without annotations
@@ -212,6 +212,7 @@ for _name, _cpu, _fake in (
 ):
     _library.impl(_name, _cpu, "CPU")
     torch.library.register_fake(f"exl2_rag::{_name}", _fake, lib=_library)
+cuda_ops.register(_library)
 
 exl2_matmul = torch.ops.exl2_rag.exl2_matmul.default
 gptq_matmul = torch.ops.exl2_rag.gptq_matmul.default

@@ -22,7 +22,7 @@ from exl2_rag.llm.layers.activations import Activations
 PAD_COLUMNS = 32
 """Quantised matrices are padded to a multiple of this many columns."""
 
-_EXL2_PARTS = ("q_weight", "q_groups", "q_scale", "q_scale_max", "q_invperm")
+EXL2_PARTS = ("q_weight", "q_groups", "q_scale", "q_scale_max", "q_invperm")
 _GPTQ_PARTS = ("qweight", "qzeros", "scales")
 
 
@@ -148,7 +148,7 @@ def check_linear(checkpoint: Checkpoint, spec: LinearSpec) -> list[str]:
         )
     padded = -(-spec.out_features // PAD_COLUMNS) * PAD_COLUMNS
     if kind == "exl2":
-        names = [f"{spec.key}.{part}" for part in _EXL2_PARTS]
+        names = [f"{spec.key}.{part}" for part in EXL2_PARTS]
         check_shape(checkpoint, f"{spec.key}.q_weight", (None, padded))
         check_shape(checkpoint, f"{spec.key}.q_invperm", (spec.in_features,))
     elif kind == "gptq":
@@ -222,10 +222,10 @@ def load_linear(
     parts = {name: tensor.to(device) for name, tensor in checkpoint.linear(spec.key).items()}
     bias = parts["bias"][: spec.out_features].to(torch.float32) if spec.bias else None
     if kind == "exl2" and precision == "fast":
-        exl2_planes = ops.exl2_prepare_planes(*(parts[name] for name in _EXL2_PARTS), memory=memory)
+        exl2_planes = ops.exl2_prepare_planes(*(parts[name] for name in EXL2_PARTS), memory=memory)
         return PlaneLinear(exl2_planes, bias, spec.out_features)
     if kind == "exl2":
-        exl2 = ops.exl2_prepare(*(parts[name] for name in _EXL2_PARTS))
+        exl2 = ops.exl2_prepare(*(parts[name] for name in EXL2_PARTS))
         return QuantisedLinear(exl2, bias, spec.out_features, lambda x: ops.exl2_matmul(x, exl2))
     if kind == "gptq":
         offset = zero_offset(gptq_format)
