@@ -225,7 +225,7 @@ class SpeedModel:
         if self._device.type == "cuda":
             width = -(-max_seq_len // PAGE_SIZE)
             graphs = DecodeGraphs(lambda inputs: decoder.forward(inputs, cache), self._device, max_pages=width)
-        runner = ModelRunner(decoder, cache, self._device, decode_graphs=graphs, shares_prefixes=True)
+        runner = ModelRunner(decoder, cache, self._device, graphs, shares_prefixes=True)
         return Engine(runner, config, NoText(), vocab_size=self.shape.vocab)
 
     def _decoder_for(self, max_seq_len: int) -> CudaDecoder:

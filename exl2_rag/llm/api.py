@@ -45,7 +45,8 @@ class ExL2LLM:
         max_seq_len: tokens of prompt and continuation together; default: the model's own.
         cache_tokens: tokens of KV cache for all requests together; default: what fits a share of the free memory.
         cache_dtype: "auto", "fp16", "bf16" or "fp32"; on a GPU also "q8", "q6" or "q4".
-        precision: "auto", "exact" (float32 activations) or "fast" (16-bit ones).
+        precision: of matmuls by quantised weights: "exact" (float32) or "fast" (activations as 15-bit whole numbers, 32
+            rows to a scale; on a GPU float16). "auto" is "fast" where the kernels are compiled, else "exact".
         max_batch_size: sequences computed together; default: 32, or what the cache allows.
         num_threads: threads of the CPU kernels, in the whole process; default: the processors it may use.
         page_size: tokens of a cache page; 16, 32, 64, 128 or 256.

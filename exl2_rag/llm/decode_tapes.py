@@ -17,6 +17,7 @@ from torch import Tensor
 from exl2_rag.llm.forward_inputs import ForwardInputs
 from exl2_rag.llm.kernels import tape
 from exl2_rag.llm.kv_cache import KVCache
+from exl2_rag.llm.step_arrays import StepArrays
 
 MOST_ROWS = 8
 """Sequences of a recorded step. With more, the ops are large enough to be handed out one by one."""
@@ -58,13 +59,12 @@ class DecodeTapes:
         self._recorded: OrderedDict[int, _Recorded] = OrderedDict()
         self._is_recordable = tape.is_available()
 
-    def takes(self, n_rows: int) -> bool:
-        """Whether a step of this many sequences, one new token each, is run from a tape."""
-        return self._is_recordable and 1 <= n_rows <= MOST_ROWS
-
-    def run(self, inputs: ForwardInputs) -> Tensor:
-        """[B, V] float32 logits of B sequences with one new token each. Valid until the next step of the same size."""
-        n_rows = inputs.token_ids.shape[0]
+    def run(self, arrays: StepArrays) -> Tensor | None:
+        """[B, V] logits of a decode step, valid until the next one of its size; None if it must run without a tape."""
+        n_rows = len(arrays.token_ids)
+        if not (self._is_recordable and arrays.is_decode and n_rows <= MOST_ROWS):
+            return None
+        inputs = arrays.to(torch.device("cpu"))
         found = self._recorded.get(n_rows)
         if found is None:
             return self._record(n_rows, inputs)
@@ -99,10 +99,9 @@ class DecodeTapes:
 def _fill(target: ForwardInputs, source: ForwardInputs) -> None:
     """Write one step's inputs over another's. What a page table has beyond its sequence is never read."""
     for field in fields(ForwardInputs):
-        new = getattr(source, field.name)
-        if new is None:
+        new, old = getattr(source, field.name), getattr(target, field.name)
+        if old is None:  # the rows whose logits are wanted: all of them
             continue
-        old = getattr(target, field.name)
         if field.name == "page_table":
             old = old[:, : new.shape[1]]
         old.copy_(new)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,6 +122,14 @@ def _load(model_dir: Path, options: EngineOptions) -> LoadedModel:
     return LoadedModel(engine, tokenizer, config)
 
 
+def _give_back_freed_memory() -> None:
+    """Let the C library return what loading has freed: the tensors of the files, each as large as a matrix."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others need no asking
+        if trim is not None:
+            trim(0)
+
+
 def choose_device(wanted: str) -> str:
     """ "auto" as the first card, if kernels can run on it, else the CPU; anything else as it is.
 
@@ -165,8 +175,9 @@ def _runner(
         model = load_model(
             model_dir, config, checkpoint, device=device, max_seq_len=limit, precision=engine_config.precision
         )
+        _give_back_freed_memory()
         cache = make_cache(config, engine_config)
-        return ModelRunner(model, cache, device, decode_tapes=DecodeTapes(model, cache, -(-limit // cache.page_size)))
+        return ModelRunner(model, cache, device, DecodeTapes(model, cache, -(-limit // engine_config.page_size)))
     cuda_runtime.prepare(backend)
     cuda_model = load_cuda_model(
         model_dir,
@@ -183,7 +194,7 @@ def _runner(
         device,
         max_pages=-(-engine_config.sequence_limit // engine_config.page_size),
     )
-    return ModelRunner(cuda_model, cache, device, decode_graphs=graphs, shares_prefixes=True)
+    return ModelRunner(cuda_model, cache, device, graphs, shares_prefixes=True)
 
 
 def make_cache(config: ModelConfig, engine_config: EngineConfig) -> KVCache:

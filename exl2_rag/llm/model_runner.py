@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exl2_rag.llm.cuda_graphs import DecodeGraphs
-from exl2_rag.llm.decode_tapes import DecodeTapes
 from exl2_rag.llm.forward_inputs import ForwardInputs
 from exl2_rag.llm.kv_cache import KVCache
 from exl2_rag.llm.page_table import PageCopy
@@ -31,6 +29,14 @@ class Model(Protocol):
         ...
 
 
+class RecordedSteps(Protocol):
+    """Runs steps that are the same sequence of kernels each time."""
+
+    def run(self, arrays: StepArrays) -> Tensor | None:
+        """[B, V] float32 logits of a decode step, valid until the next call; None: run this step without."""
+        ...
+
+
 class ModelRunner:
     """A model and its KV cache.
 
@@ -38,8 +44,7 @@ class ModelRunner:
         model: computes logits.
         cache: its keys and values.
         device: where the inputs go.
-        decode_tapes, decode_graphs: run the steps in which every sequence decodes, where they take them; on the CPU and
-            on a card.
+        recorded: runs steps that it has recorded: tapes on the CPU, graphs on a card.
         shares_prefixes: the model reads pages that sequences of a decode step share once for all of them.
     """
 
@@ -48,16 +53,14 @@ class ModelRunner:
         model: Model,
         cache: KVCache,
         device: torch.device,
+        recorded: RecordedSteps | None = None,
         *,
-        decode_tapes: DecodeTapes | None = None,
-        decode_graphs: DecodeGraphs | None = None,
         shares_prefixes: bool = False,
     ) -> None:
         self.cache = cache
         self._model = model
         self._device = device
-        self._decode_tapes = decode_tapes
-        self._decode_graphs = decode_graphs
+        self._recorded = recorded
         self._shares_prefixes = shares_prefixes
 
     def copy_rows(self, copies: Seq[PageCopy]) -> None:
@@ -71,7 +74,7 @@ class ModelRunner:
 
         Returns:
             For each slice [rows, V] float32: one row if its end is reached and a token is to follow, the rows an
-            evaluation asks for, or none. Valid until the next call.
+            evaluation asks for, or none. Those of a decode step are valid until the next call.
         """
         wanted = [wanted_rows(one) for one in slices]
         groups = self._shared_prefixes(slices)
@@ -100,15 +103,8 @@ class ModelRunner:
         return groups if groups.shares else None
 
     def _logits(self, arrays: StepArrays) -> Tensor:
-        if self._decode_graphs is not None:
-            logits = self._decode_graphs.run(arrays)
-            if logits is not None:
-                return logits
-        inputs = arrays.to(self._device)
-        tapes = self._decode_tapes
-        if tapes is not None and arrays.is_decode and tapes.takes(len(arrays.token_ids)):
-            return tapes.run(inputs)
-        return self._model.forward(inputs, self.cache)
+        logits = None if self._recorded is None else self._recorded.run(arrays)
+        return self._model.forward(arrays.to(self._device), self.cache) if logits is None else logits
 
     def build_inputs(self, slices: Seq[Slice], wanted: Seq[range]) -> ForwardInputs:
         """The ragged batch of the slices; `wanted` are the rows of each, counted from its start, that need logits."""

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from exl2_rag.llm.kernels.ops import native_available, read_memory
+
 BUFFER_BYTES = 256 << 20
 PASSES = 4
 
@@ -55,7 +57,10 @@ def measure_read_bandwidth(
 def _loops(buffer: torch.Tensor, pool: ThreadPoolExecutor, num_threads: int) -> Mapping[str, Callable[[], object]]:
     words = np.array_split(buffer.numpy().view(np.uint64), num_threads)
     floats = np.array_split(buffer.numpy(), num_threads)
-    return {
+    loops: dict[str, Callable[[], object]] = {}
+    if native_available():
+        loops["exl2_rag native"] = lambda: read_memory(buffer)
+    return loops | {
         "torch.sum float32": buffer.sum,
         "numpy.bitwise_or uint64": lambda: list(pool.map(np.bitwise_or.reduce, words)),
         "numpy.dot float32": lambda: list(pool.map(np.dot, floats, floats)),

@@ -94,7 +94,7 @@ def sample_with(backend: Backend, logits: Tensor, draws: Sequence[Draw]) -> list
 
 
 def _greedy(logits: NDArray[np.float32]) -> list[int]:
-    """The most likely token of each row, the lowest id of equals: numpy's argmax takes the first, and NaN above all."""
+    """The most likely token of each row. numpy's argmax takes the first among equals, and NaN above all."""
     tokens = [int(row.argmax()) for row in logits]
     for row, token in enumerate(tokens):
         best = float(logits[row, token])

@@ -131,7 +131,7 @@ def engine_of(model_dir: Path, cache_dtype: str, recorder: Replayer | None, *, s
     if recorder is not None:
         graphs = DecodeGraphs(lambda inputs: model.forward(inputs, cache), CPU, max_pages=32, recorder=recorder)
     tokenizer = Tokenizer.from_dir(model_dir)
-    runner = ModelRunner(model, cache, CPU, decode_graphs=graphs, shares_prefixes=shares_prefixes)
+    runner = ModelRunner(model, cache, CPU, graphs, shares_prefixes=shares_prefixes)
     return Engine(runner, settings, TokenizerText(tokenizer, config.vocab_size), vocab_size=config.vocab_size)
 
 

@@ -29,6 +29,7 @@ def test_defaults_follow_from_the_model() -> None:
     assert config.cache_tokens >= 512 * config.max_batch_size
     assert config.device == "cpu"
     assert config.precision == "exact"
+    assert resolve(EngineOptions(), SMALL, native=True, free_bytes=GIB).precision == "fast"
 
 
 def test_the_default_cache_takes_a_share_of_the_free_memory_and_has_a_cap() -> None:

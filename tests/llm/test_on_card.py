@@ -26,7 +26,7 @@ def model() -> SpeedModel:
 
 
 def graphs_of(engine: Engine) -> DecodeGraphs:
-    graphs = engine._runner._decode_graphs
+    graphs = engine._runner._recorded
     assert graphs is not None
     return graphs
 
@@ -47,7 +47,7 @@ def test_graphs_give_the_tokens_of_plain_launches(model, temperature):
     prompts = [model.prompt(length, seed=length) for length in (3, 40, 65)]
     with_graphs = model.engine(batch_size=4, max_seq_len=128)
     plain = model.engine(batch_size=4, max_seq_len=128)
-    plain._runner._decode_graphs = None
+    plain._runner._recorded = None
     expected = generate(plain, prompts, temperature)
     assert generate(with_graphs, prompts, temperature) == expected
     assert graphs_of(with_graphs).failure is None

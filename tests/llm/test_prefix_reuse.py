@@ -17,23 +17,29 @@ from tests.support.synthetic import make_model_dir
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
 PREFIX_TOKENS = 2000
-# (model, cache dtype)
-KINDS = [("fp16", "fp16"), ("exl2", "fp32"), ("exl2", "fp16"), ("qwen2-exl2", "fp32"), ("mistral-window", "fp16")]
+# (model, cache dtype, precision)
+KINDS = [
+    ("fp16", "fp16", "exact"),
+    ("exl2", "fp32", "exact"),
+    ("exl2", "fp16", "fast"),
+    ("qwen2-exl2", "fp32", "fast"),
+    ("mistral-window", "fp16", "exact"),
+]
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def kind(request: pytest.FixtureRequest) -> tuple[str, str]:
-    name, cache_dtype = request.param
-    return name, cache_dtype
+def kind(request: pytest.FixtureRequest) -> tuple[str, str, str]:
+    name, cache_dtype, precision = request.param
+    return name, cache_dtype, precision
 
 
 @pytest.fixture(scope="module")
-def cache_dtype(kind: tuple[str, str]) -> str:
-    return kind[1]
+def options(kind: tuple[str, str, str]) -> dict[str, str]:
+    return {"cache_dtype": kind[1], "precision": kind[2]}
 
 
 @pytest.fixture(scope="module")
-def model_dir(kind: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_dir(kind: tuple[str, str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / kind[0]
     if kind[0] == "fp16":
         return make_model_dir(path, max_position=4096, dtype=torch.float16)
@@ -47,8 +53,8 @@ def model_dir(kind: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture
-def llm(model_dir: Path, cache_dtype: str) -> Iterator[ExL2LLM]:
-    with ExL2LLM(model_dir, cache_tokens=8192, cache_dtype=cache_dtype, max_batch_size=16) as one:
+def llm(model_dir: Path, options: dict[str, str]) -> Iterator[ExL2LLM]:
+    with ExL2LLM(model_dir, cache_tokens=8192, **options, max_batch_size=16) as one:
         yield one
 
 
@@ -57,42 +63,42 @@ def words(n_tokens: int, seed: int) -> list[int]:
     return [rng.randrange(97, 123) for _ in range(n_tokens)]
 
 
-def cold(model_dir: Path, cache_dtype: str, prompts: list[list[int]]) -> list[tuple[int, ...]]:
+def cold(model_dir: Path, options: dict[str, str], prompts: list[list[int]]) -> list[tuple[int, ...]]:
     """What each prompt gives alone, in an engine that has never seen another."""
     results = []
     for prompt in prompts:
-        with ExL2LLM(model_dir, cache_tokens=2500, cache_dtype=cache_dtype) as llm:
+        with ExL2LLM(model_dir, cache_tokens=2500, **options) as llm:
             result = llm.generate(prompt, GREEDY)
         assert result.usage.cached_tokens == 0
         results.append(result.token_ids)
     return results
 
 
-def test_a_batch_gives_each_prompt_what_it_gets_alone(llm: ExL2LLM, model_dir: Path, cache_dtype: str) -> None:
+def test_a_batch_gives_each_prompt_what_it_gets_alone(llm: ExL2LLM, model_dir: Path, options: dict[str, str]) -> None:
     prompts = [[BOS_ID, *words(length, seed=length)] for length in (1, 15, 31, 32, 33, 64, 150, 300)]
-    expected = cold(model_dir, cache_dtype, prompts)
+    expected = cold(model_dir, options, prompts)
     assert [one.token_ids for one in llm.generate(prompts, GREEDY)] == expected
     assert len(set(expected)) == len(prompts)
 
 
-def test_a_prefix_hit_changes_nothing(llm: ExL2LLM, model_dir: Path, cache_dtype: str) -> None:
+def test_a_prefix_hit_changes_nothing(llm: ExL2LLM, model_dir: Path, options: dict[str, str]) -> None:
     shared = [BOS_ID, *words(200, seed=1)]
     llm.generate([*shared, *words(20, seed=2)], GREEDY)
     lengths = (1, 31, 32, 33, 100, 201)
     prompts = [[*shared[:length], 1, *words(10, seed=length)] for length in lengths]
-    expected = cold(model_dir, cache_dtype, prompts)
+    expected = cold(model_dir, options, prompts)
     for prompt, length, tokens in zip(prompts, lengths, expected, strict=True):
         result = llm.generate(prompt, GREEDY)
         assert result.token_ids == tokens
         assert result.usage.cached_tokens == length
 
 
-def test_a_tiny_cache_preempts_and_gives_the_same_text(model_dir: Path, cache_dtype: str) -> None:
+def test_a_tiny_cache_preempts_and_gives_the_same_text(model_dir: Path, options: dict[str, str]) -> None:
     prompts = [[BOS_ID, *words(20 + 3 * n, seed=n)] for n in range(5)]
     sampling = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)
-    with ExL2LLM(model_dir, cache_tokens=4096, cache_dtype=cache_dtype) as roomy:
+    with ExL2LLM(model_dir, cache_tokens=4096, **options) as roomy:
         expected = [roomy.generate(one, sampling).token_ids for one in prompts]
-    with ExL2LLM(model_dir, cache_tokens=112, page_size=16, cache_dtype=cache_dtype, max_batch_size=6) as tiny:
+    with ExL2LLM(model_dir, cache_tokens=112, page_size=16, **options, max_batch_size=6) as tiny:
         found = tiny.generate(prompts, sampling)
         assert tiny.cache_report().preemptions > 0
     assert [one.token_ids for one in found] == expected

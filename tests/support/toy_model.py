@@ -60,7 +60,7 @@ class ToyModel:
         tokens, positions = cache.k_pages[0].flatten(0, 1)[:, 0, 0], cache.v_pages[0].flatten(0, 1)[:, 0, 0]
         tokens[inputs.slot_mapping] = inputs.token_ids.float()
         positions[inputs.slot_mapping] = inputs.positions.float()
-        rows = range(n_tokens) if inputs.logit_rows is None else inputs.logit_rows.tolist()
+        rows = range(len(inputs.token_ids)) if inputs.logit_rows is None else inputs.logit_rows.tolist()
         logits = [self._row(inputs, cache, row) for row in rows]
         return torch.stack(logits) if logits else torch.empty(0, VOCAB)
 

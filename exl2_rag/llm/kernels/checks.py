@@ -20,12 +20,12 @@ def check_float(op: str, name: str, tensor: Tensor, dims: int) -> None:
 
 
 def check_activations(op: str, name: str, tensor: Tensor, dims: int) -> None:
-    """float32, on CUDA float16 as well."""
+    """A float32 tensor, on CUDA float32 or float16, of `dims` dimensions."""
     if tensor.device.type != "cuda":
         check_float(op, name, tensor, dims)
-        return
-    check_dtype(op, name, tensor, (torch.float32, torch.float16))
-    if tensor.dim() != dims:
+    elif tensor.dtype not in (torch.float32, torch.float16):
+        raise DTypeError(f"{op}: {name} must be float32 or float16, it is {tensor.dtype}; convert it before the call")
+    elif tensor.dim() != dims:
         raise ShapeError(f"{op}: {name} must have {dims} dimensions, its shape is {list(tensor.shape)}")
 
 
@@ -113,7 +113,7 @@ def product_target(op: str, x: Tensor, width: int, bias: Tensor | None, add_to: 
         if bias.shape[0] != width or not bias.is_contiguous():
             raise ShapeError(f"{op}: bias must be [{width}] and contiguous, it is {list(bias.shape)}")
     if add_to is None:
-        return torch.empty((x.shape[0], width), dtype=torch.float32, device=x.device)
+        return x.new_empty((x.shape[0], width))
     check_float(op, "add_to", add_to, 2)
     check_devices(op, x, add_to)
     if add_to.shape != (x.shape[0], width) or not add_to.is_contiguous():

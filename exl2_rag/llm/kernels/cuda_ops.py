@@ -15,7 +15,7 @@ from exl2_rag.llm.kernels import cuda_attention, cuda_dense, cuda_runtime, cuda_
 
 
 def dense_matmul(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, accumulate: bool) -> None:
-    """See `ops.dense_matmul`."""
+    """See `ops.dense_matmul`; writes y [T, N], float32 if it accumulates."""
     backend = cuda_runtime.backend(x.device)
     if accumulate:
         cuda_dense.dense_matmul(backend, x, weight, bias=bias, residual=y)

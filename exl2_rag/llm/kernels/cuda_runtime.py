@@ -236,12 +236,14 @@ _backends_lock = threading.Lock()
 
 
 def backend(device: torch.device) -> CudaBackend:
-    """The backend of a card, "cuda" being the first; one a card and process.
+    """The backend of a card; one a card and process.
 
     Raises:
         DeviceError: the card cannot be used; says why and what to do.
     """
-    index = 0 if device.index is None else device.index
+    index = device.index
+    if index is None:  # without a card torch has no current one, and `open_card` says why
+        index = torch.cuda.current_device() if torch.cuda.is_available() else 0
     found = _backends.get(index)
     if found is None:
         with _backends_lock:

@@ -49,6 +49,7 @@ from exl2_rag.llm.kernels.weight_memory import WeightMemory
 from exl2_rag.llm.kernels.weights import Digits, Exl2Weights, GptqWeights, PlaneWeights
 
 __all__ = [
+    "HALF_TOLERANCES",
     "TOLERANCES",
     "Digits",
     "Exl2Weights",
@@ -106,10 +107,12 @@ TOLERANCES: Final[dict[str, Tolerance]] = {
     "paged_attention": Tolerance(5e-6, 5e-6),
 }
 
-
-HALF_PRODUCT_TOLERANCE: Final = Tolerance(2e-4, 6e-4)
-"""Of products of float16 activations on CUDA. The result is rounded to float16 (2^-11 of it at most), and tensor cores
-add sixteen products at a time, cutting off below about 2^-23 of the largest: 1e-5 a step with numbers around 1."""
+HALF_TOLERANCES: Final[dict[str, Tolerance]] = {
+    # On float16 activations (CUDA). The result is rounded to float16 (2^-11 of it at most), and tensor cores add
+    # sixteen products at a time, cutting off below about 2^-23 of the largest: with some hundred around 1, 1e-5 a step.
+    "exl2_matmul": Tolerance(2e-4, 6e-4),
+    "gptq_matmul": Tolerance(2e-4, 6e-4),
+}
 
 
 def exl2_prepare(

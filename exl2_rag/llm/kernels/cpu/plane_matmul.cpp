@@ -32,7 +32,7 @@ constexpr int kSpreadBytes = kSpreadChunks * kPairs * kUnitBytes;
 
 // Rows of x, and vectors of columns, that are multiplied together by spread codes.
 #if defined(__AVX512F__)
-constexpr int kSpreadTokens = 8, kSpreadVecs = 2;  // 16 sums of 32 registers
+constexpr int kSpreadTokens = 6, kSpreadVecs = 2;  // 12 sums and 12 results of 32 registers
 #elif defined(__AVX2__)
 constexpr int kSpreadTokens = 4, kSpreadVecs = 2;  // 8 of 16
 #else
@@ -238,6 +238,7 @@ struct Blocks {
 // sums[t][v] += the products of one chunk. codes: at the first of the kSpreadVecs vectors.
 template <int kTokens>
 EXL2_ALWAYS_INLINE void multiply_pairs(const int16_t* codes, const int16_t* numbers, VecInt (&sums)[kTokens][kSpreadVecs]) {
+#pragma GCC unroll 4
     for (int pair = 0; pair < kPairs; ++pair) {
         VecInt pairs[kSpreadVecs];
         for (int v = 0; v < kSpreadVecs; ++v) {
@@ -252,26 +253,34 @@ EXL2_ALWAYS_INLINE void multiply_pairs(const int16_t* codes, const int16_t* numb
     }
 }
 
+// result[t][v] += scale of x * the products of one chunk.
+template <int kTokens>
+EXL2_ALWAYS_INLINE void add_chunk(const int16_t* codes, Blocks x, Vec (&result)[kTokens][kSpreadVecs]) {
+    VecInt sums[kTokens][kSpreadVecs];
+    for (int t = 0; t < kTokens; ++t)
+        for (int v = 0; v < kSpreadVecs; ++v) sums[t][v] = VecInt{};
+    multiply_pairs<kTokens>(codes, x.numbers, sums);
+    for (int t = 0; t < kTokens; ++t)
+        for (int v = 0; v < kSpreadVecs; ++v)
+            result[t][v] = mul_add(__builtin_convertvector(sums[t][v], Vec), splat(x.scales[t]), result[t][v]);
+}
+
 // As add_pieces, from spread codes.
 template <int kTokens>
 void add_spread(const int16_t* codes, const Piece* pieces, int count, const float* scales, Blocks x, float* y) {
+    constexpr int kChunkCodes = kPairs * kUnitBytes / 2;
     for (int p = 0; p < count; ++p) {
         const float* piece_scales = scales + pieces[p].group * kTileColumns;
         for (int v = 0; v < kTileVecs; v += kSpreadVecs) {
             Vec result[kTokens][kSpreadVecs];
             for (int t = 0; t < kTokens; ++t)
                 for (int i = 0; i < kSpreadVecs; ++i) result[t][i] = Vec{};
-            for (int chunk = 0; chunk < pieces[p].chunks; ++chunk) {
-                VecInt sums[kTokens][kSpreadVecs];
-                for (int t = 0; t < kTokens; ++t)
-                    for (int i = 0; i < kSpreadVecs; ++i) sums[t][i] = VecInt{};
-                const Blocks part = x.at(chunk);
-                multiply_pairs<kTokens>(codes + chunk * kPairs * kUnitBytes / 2 + 2 * v * kLanes, part.numbers, sums);
-                for (int t = 0; t < kTokens; ++t) {
-                    const Vec scale = splat(part.scales[t]);
-                    for (int i = 0; i < kSpreadVecs; ++i)
-                        result[t][i] = mul_add(__builtin_convertvector(sums[t][i], Vec), scale, result[t][i]);
-                }
+            const int16_t* from = codes + 2 * v * kLanes;
+            // Pieces of one chunk, which are common, go without a loop: its results would not fit the registers beside the sums.
+            if (pieces[p].chunks == 1) {
+                add_chunk<kTokens>(from, x, result);
+            } else {
+                for (int chunk = 0; chunk < pieces[p].chunks; ++chunk) add_chunk<kTokens>(from + chunk * kChunkCodes, x.at(chunk), result);
             }
             for (int t = 0; t < kTokens; ++t) {
                 for (int i = 0; i < kSpreadVecs; ++i) {
@@ -280,7 +289,7 @@ void add_spread(const int16_t* codes, const Piece* pieces, int count, const floa
                 }
             }
         }
-        codes += pieces[p].chunks * kPairs * kUnitBytes / 2;
+        codes += pieces[p].chunks * kChunkCodes;
         x = x.at(pieces[p].chunks);
     }
 }

@@ -69,7 +69,7 @@ def prepared_gptq(parts: dict[str, Tensor], device: torch.device, **options) -> 
 
 def assert_near(actual: Tensor, x: Tensor, exact: Tensor) -> None:
     """Within the declared tolerance of the product in float64."""
-    tolerance = ops.HALF_PRODUCT_TOLERANCE if actual.dtype == torch.float16 else ops.TOLERANCES["exl2_matmul"]
+    tolerance = (ops.HALF_TOLERANCES if actual.dtype == torch.float16 else ops.TOLERANCES)["exl2_matmul"]
     expected = (x.cpu().double() @ exact.double()).float()
     torch.testing.assert_close(actual.cpu().float(), expected, atol=tolerance.absolute, rtol=tolerance.relative)
 
