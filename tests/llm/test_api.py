@@ -24,6 +24,7 @@ from exl2_rag.errors import (
     CheckpointError,
     ConstraintError,
     ContextOverflowError,
+    DeviceError,
     EngineClosedError,
     ModelError,
     ModelNotFoundError,
@@ -473,7 +474,6 @@ def test_the_model_says_what_it_is(llm: ExL2LLM, model_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"device": "cuda"}, "device='cuda'"),
         ({"cache_dtype": "q4"}, "cache_dtype='q4'"),
         ({"precision": "best"}, "precision must be"),
         ({"draft_model": "prompt-lookup"}, "draft_model='prompt-lookup'"),
@@ -484,6 +484,13 @@ def test_the_model_says_what_it_is(llm: ExL2LLM, model_dir: Path) -> None:
 def test_an_option_of_a_later_version_is_refused_by_name(model_dir: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises(SettingsError, match=words):
         ExL2LLM(model_dir, **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card, so nothing is refused")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_card_that_is_not_there_is_an_error_that_says_what_to_do(model_dir: Path, device: str) -> None:
+    with pytest.raises(DeviceError, match=r"no NVIDIA driver.*device='cpu'"):
+        ExL2LLM(model_dir, device=device)
 
 
 def test_an_unknown_option_is_refused(model_dir: Path) -> None:

@@ -237,7 +237,9 @@ def backend(device: torch.device) -> CudaBackend:
     Raises:
         DeviceError: the card cannot be used; says why and what to do.
     """
-    index = device.index if device.index is not None else torch.cuda.current_device()
+    index = device.index
+    if index is None:  # without a card torch has no current one, and `open_card` says why
+        index = torch.cuda.current_device() if torch.cuda.is_available() else 0
     found = _backends.get(index)
     if found is None:
         with _backends_lock:

@@ -14,6 +14,7 @@ from torch import Tensor
 from exl2_rag.errors import CheckpointError, SettingsError
 from exl2_rag.llm.checkpoint import Checkpoint
 from exl2_rag.llm.config import ModelConfig
+from exl2_rag.llm.layers.activations import Activations
 from exl2_rag.llm.layers.linear import DenseLinear, QuantisedLinear
 from exl2_rag.llm.models.registry import load_model
 from tests.llm.models import parity
@@ -205,9 +206,9 @@ def test_logits_are_computed_for_the_wanted_rows_only(tmp_path: Path) -> None:
     rows_seen = []
     head = decoder.head
 
-    def watched(x: Tensor) -> Tensor:
-        rows_seen.append(x.shape[0])
-        return head(x)
+    def watched(inputs: Activations) -> Tensor:
+        rows_seen.append(inputs.x.shape[0])
+        return head(inputs)
 
     decoder.head = watched  # type: ignore[assignment]
     tokens = parity.random_tokens(20, 1)
