@@ -159,8 +159,7 @@ def _gemv_rows(backend: Backend, x: Tensor, weights: CudaWeights) -> int:
     if x.dtype == torch.float16:
         choices = [x.shape[0]] if x.shape[0] <= _GEMV_ROWS else []
     else:
-        # No more than there are: a block of one row starts sooner than one of four.
-        choices = [rows for rows in (4, 2, 1) if rows == 1 or rows // 2 < x.shape[0]]
+        choices = [4, 1] if x.shape[0] > 1 else [1]
     for rows in choices:
         if _gemv_bytes(backend, weights, rows, x.element_size()) <= backend.max_shared_bytes:
             return rows
@@ -174,10 +173,11 @@ def _gemv(
     shared_bytes = _gemv_bytes(backend, weights, rows, x.element_size())
     # As many blocks as run at once: each goes on from tile to tile.
     blocks = backend.multiprocessors * max(1, min(_MAX_GEMV_BLOCKS, backend.max_shared_bytes // shared_bytes))
-    kernel = "gemv_f16" if x.dtype == torch.float16 else f"gemv_f32_r{rows}"
+    module = f"{_prefix(weights)}_gemv" + ("" if x.dtype == torch.float16 else "_f32")
+    kernel = f"{module}_f16" if x.dtype == torch.float16 else f"{module}_r{rows}"
     backend.launch(
-        f"{_prefix(weights)}_gemv",
-        f"{_prefix(weights)}_{kernel}",
+        module,
+        kernel,
         (min(n_tiles, blocks), ceil_div(x.shape[0], rows), 1),
         (weights.n_slices * WARP_THREADS, 1, 1),
         (

@@ -241,9 +241,7 @@ def backend(device: torch.device) -> CudaBackend:
     Raises:
         DeviceError: the card cannot be used; says why and what to do.
     """
-    index = device.index
-    if index is None:  # without a card torch has no current one, and `open_card` says why
-        index = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    index = _index_of(device)
     found = _backends.get(index)
     if found is None:
         with _backends_lock:
@@ -252,6 +250,14 @@ def backend(device: torch.device) -> CudaBackend:
                 found = open_card(index)
                 _backends[index] = found
     return found
+
+
+def _index_of(device: torch.device) -> int:
+    found: int | None = device.index
+    if found is not None:
+        return found
+    # Without a card torch has no current one; `open_card` then says why.
+    return torch.cuda.current_device() if torch.cuda.is_available() else 0
 
 
 def open_card(index: int) -> CudaBackend:

@@ -1,7 +1,6 @@
 // EXL2, few rows: see packed_gemv.cuh. Widths of 2 to 8 bits in any order, groups of any multiple of 32 rows.
 //
-//     exl2_gemv_f16      x float16, up to 8 rows; gridDim.y = 1
-//     exl2_gemv_f32_rR   x float32, R rows a block; gridDim.y = T / R, rounded up
+// exl2_gemv_f16: x float16, up to 8 rows; gridDim.y = 1.
 #include "packed_gemv.cuh"
 
 #define EXL2_GEMV(name, Product, min_blocks)                                                                           \
@@ -14,6 +13,3 @@
             features, n_chunks, n_rows, n_sections);                                                                   \
     }
 EXL2_GEMV(exl2_gemv_f16, TensorProduct, 2)
-EXL2_GEMV(exl2_gemv_f32_r1, FloatProduct<1>, 2)
-EXL2_GEMV(exl2_gemv_f32_r2, FloatProduct<2>, 1)
-EXL2_GEMV(exl2_gemv_f32_r4, FloatProduct<4>, 1)

@@ -1,7 +1,6 @@
 // GPTQ of 4 bits, few rows: see packed_gemv.cuh. Rows sorted by group, groups padded to a multiple of 32 rows.
 //
-//     gptq_gemv_f16      x float16, up to 8 rows; gridDim.y = 1
-//     gptq_gemv_f32_rR   x float32, R rows a block; gridDim.y = T / R, rounded up
+// gptq_gemv_f16: x float16, up to 8 rows; gridDim.y = 1.
 #include "packed_gemv.cuh"
 
 #define GPTQ_GEMV(name, Product, min_blocks)                                                                           \
@@ -14,6 +13,3 @@
             features, n_chunks, n_rows, n_sections);                                                                   \
     }
 GPTQ_GEMV(gptq_gemv_f16, TensorProduct, 2)
-GPTQ_GEMV(gptq_gemv_f32_r1, FloatProduct<1>, 2)
-GPTQ_GEMV(gptq_gemv_f32_r2, FloatProduct<2>, 1)
-GPTQ_GEMV(gptq_gemv_f32_r4, FloatProduct<4>, 1)

@@ -1,12 +1,14 @@
-// Up to some dozens of rows of activations times a quantised matrix that stays packed:  y[t, n] = sum_k x[t, k] * w[k, n]
+// Up to some dozens of rows of activations times a quantised matrix that stays packed:
 //
-//     x        [T / R][K / 32][R][32]  float16, from permute_rows.cu: stored order, cut into blocks of R = 8 * kRowTiles
+//     y[t, n] = sum over k of x[t, k] * w[k, n]
+//
+//     x        [T / R][K / 32][R][32]  float16, from permute_rows.cu: stored order, in blocks of R = 8 * kRowTiles
 //                                      rows and chunks of 32 numbers, so that what one step needs lies together
 //     matrix                           packed_stream.cuh has the layout, packed_product.cuh the table of its parts
 //     y        [T, N]                  see Output; or, with more than one section, partial [n_sections][T][N] float32
 //
-// A block of eight warps takes eight tiles of columns (a warp each), one section of the rows of the matrix and one block of
-// R rows of x. It walks the section two chunks at a time, kStages steps ahead of itself:
+// A block of eight warps takes eight tiles of columns (a warp each), one section of the rows of the matrix and one
+// block of R rows of x. It walks the section two chunks at a time, kStages steps ahead of itself:
 //
 //     stage    | x: 2 chunks x R x 32 |  warp 0: header, 2 chunks of codes |  warp 1: ... |
 //
@@ -18,13 +20,13 @@
 // Sums run as in packed_gemv.cuh: a slice front to back, then slice by slice within the section, then (add_sections.cu)
 // section by section. So a row has the same bits as there, whatever R is.
 //
-// Expected to be limited by memory up to about 32 rows and by mma.sync beyond. With R = 64 the sums of the slice and of the
-// section take 128 registers, so one block of 256 threads runs on a multiprocessor; its 3 stages under way are 24 KiB of
-// 4-bit codes and 24 KiB of x.
+// Expected to be limited by memory up to about 32 rows and by mma.sync beyond. With R = 64 the sums of the slice and of
+// the section take 128 registers, so one block of 256 threads runs on a multiprocessor; its 3 stages under way are 24
+// KiB of 4-bit codes and 24 KiB of x.
 //
-// The caller guarantees: blockDim.x = 256; gridDim = (tiles / 8 rounded up, n_sections, row blocks); x padded with zero rows
-// to whole blocks; shared memory of kStages * (x stage + 8 * slot_units units), where a slot holds a header and any two
-// neighbouring chunks with the header between them.
+// The caller guarantees: blockDim.x = 256; gridDim = (tiles / 8 rounded up, n_sections, row blocks); x padded with zero
+// rows to whole blocks; shared memory of kStages * (x stage + 8 * slot_units units), where a slot holds a header and
+// any two neighbouring chunks with the header between them.
 #pragma once
 
 #include "packed_product.cuh"
@@ -39,8 +41,8 @@ constexpr int kStages = 4;
 constexpr int kStages = 2;  // copies are not asynchronous: a third stage would only take shared memory
 #endif
 
-// Blocks of 32 rows that should fit a multiprocessor together. sm_86, sm_89 and sm_120 have shared memory for one alone, and
-// it may as well have the registers.
+// Blocks of 32 rows that should fit a multiprocessor together. sm_86, sm_89 and sm_120 have shared memory for one
+// alone, and it may as well have the registers.
 #if EXL2_ARCH == 86 || EXL2_ARCH == 89 || EXL2_ARCH == 120
 constexpr int kBlocksOf32Rows = 1;
 #else
@@ -62,7 +64,8 @@ __device__ __forceinline__ void packed_gemm(const __half* x, const PackedMatrix&
 
     const int stage_bytes = kStepChunks * kChunkUnitsX * kStreamUnitBytes + kGemmWarps * slot_units * kStreamUnitBytes;
     const int slot_offset = kStepChunks * kChunkUnitsX * kStreamUnitBytes + warp * slot_units * kStreamUnitBytes;
-    const uint4* const x_units = reinterpret_cast<const uint4*>(x) + static_cast<long long>(row_block) * n_chunks * kChunkUnitsX;
+    const uint4* const x_units =
+        reinterpret_cast<const uint4*>(x) + static_cast<long long>(row_block) * n_chunks * kChunkUnitsX;
     const int2 place = has_tile ? matrix.tiles[tile] : make_int2(0, 0);
     const int4* const chunks = matrix.chunks + place.y;
     const uint4* const stream = matrix.stream + static_cast<unsigned>(place.x);
@@ -144,7 +147,8 @@ __device__ __forceinline__ void packed_gemm(const __half* x, const PackedMatrix&
             if (partial == nullptr) {
                 output.write_4(row, column, four);
             } else {
-                const long long at = (static_cast<long long>(section) * n_rows + row) * (matrix.n_tiles * kTileColumns) + column;
+                const long long to_row = static_cast<long long>(section) * n_rows + row;
+                const long long at = to_row * (matrix.n_tiles * kTileColumns) + column;
                 *reinterpret_cast<float4*>(partial + at) = four;
             }
         }

@@ -5,31 +5,33 @@
 //     matrix            packed_stream.cuh has the layout, packed_product.cuh the table of its parts
 //     y        [T, N]   see Output
 //
-// A block takes tiles blockIdx.x, blockIdx.x + gridDim.x, ...; warp s of it sums slice s of each tile's rows. So a tile is
-// read by all warps of one block at once, and the block's sums meet in shared memory:
+// A block takes tiles blockIdx.x, blockIdx.x + gridDim.x, ...; warp s of it sums slice s of each tile's rows. So a tile
+// is read by all warps of one block at once, and the block's sums meet in shared memory:
 //
 //     tile       | slice 0 | slice 1 | ... | slice S-1 |     warp s streams its slice through a ring of its own
 //     partial    [S][T][32]                                  one barrier a tile; two buffers, so nobody waits twice
-//     y          ((slice 0 + slice 1) + ...) + ((...) + ...)  sections first, then the sum of sections: always this order
+//     y          ((slice 0 + slice 1) + ...) + ((...) + ...)  within sections first, then over sections
 //
-// The order of additions is fixed by the matrix alone. packed_gemm.cuh uses the same, so a row has the same bits in both
-// and in any batch.
+// The order of additions is fixed by the matrix alone. packed_gemm.cuh uses the same, so a row has the same bits in
+// both and in any batch.
 //
-// Expected to be limited by memory from 4 bits on: a warp keeps 2 to 4 KiB on their way, whatever the widths are, and goes on
-// into the next tile without a pause. 32 warps are then 64 KiB a multiprocessor at least; the fastest card (H200: 4.8 TB/s,
-// about 0.8 us latency, 132 multiprocessors) needs about 30 KiB. While a chunk of 4 bits (512 bytes) arrives there, a
-// multiprocessor can issue about 100 instructions of a warp, and the machine code for sm_90 has about that many for it; a
-// chunk of 3 or 2 bits takes hardly fewer, in three quarters and half of the time, so these are expected to be limited by
-// instructions. Tensor cores do the products even of one row because plain multiply-adds would take 64 instructions more.
+// Expected to be limited by memory from 4 bits on: a warp keeps 2 to 4 KiB on their way, whatever the widths are, and
+// goes on into the next tile without a pause. 32 warps are then 64 KiB a multiprocessor at least; the fastest card
+// (H200: 4.8 TB/s, about 0.8 us latency, 132 multiprocessors) needs about 30 KiB. While a chunk of 4 bits (512 bytes)
+// arrives there, a multiprocessor can issue about 100 instructions of a warp, and the machine code for sm_90 has about
+// that many for it; a chunk of 3 or 2 bits takes hardly fewer, in three quarters and half of the time, so these are
+// expected to be limited by instructions. Tensor cores do the products even of one row because plain multiply-adds
+// would take 64 instructions more.
 //
-// Activations are scattered to stored order while the first weights are under way: reads stay coalesced, and only writes to
-// shared memory are spread. The weights' first copies wait for one load, that of the span, and for nothing else.
+// Activations are scattered to stored order while the first weights are under way: reads stay coalesced, and only
+// writes to shared memory are spread. The weights' first copies wait for one load, that of the span, and for nothing
+// else.
 //
 // On sm_75 copies are not asynchronous and the ring is short; other warps cover the latency.
 //
-// The caller guarantees: blockDim.x = 32 * n_slices; n_slices a multiple of n_sections; every slice has at least one chunk;
-// T <= 8 (float16) or <= kRows (float32, rows blockIdx.y * kRows and on); shared memory of
-// n_slices * ring + chunks * rows * 32 numbers + 2 * n_slices * rows * 32 floats.
+// The caller guarantees: blockDim.x = 32 * n_slices; n_slices a multiple of n_sections; every slice has at least one
+// chunk; T <= 8 (float16) or <= kRows (float32, rows blockIdx.y * kRows and on); shared memory of n_slices * ring +
+// chunks * rows * 32 numbers + 2 * n_slices * rows * 32 floats.
 #pragma once
 
 #include "packed_product.cuh"
@@ -51,11 +53,13 @@ constexpr int kRingBytes = kRingGroups * kGroupBytes;
 
 // Groups that may still be under way when chunks are wanted: the rest of the ring beyond those they may lie in.
 __device__ constexpr int groups_under_way(int bits, int header_units) {
-    return kRingGroups - (kGroupUnits - 1 + header_units + step_chunks(bits) * chunk_units(bits) + kGroupUnits - 1) / kGroupUnits;
+    return kRingGroups -
+           (kGroupUnits - 1 + header_units + step_chunks(bits) * chunk_units(bits) + kGroupUnits - 1) / kGroupUnits;
 }
-static_assert(groups_under_way(8, 1) >= 1 && groups_under_way(4, 6) >= 1, "the ring must hold more than is wanted at once");
+static_assert(groups_under_way(8, 1) >= 1 && groups_under_way(4, 6) >= 1,
+              "the ring must hold more than is wanted at once");
 
-// ---- one warp's stream: its slice of each of the block's tiles, one after the other --------------------------------------
+// ---- one warp's stream: its slice of each of the block's tiles, one after the other ---------------------------------
 // A slice is preceded by the header of its first group and starts at a new group of copies.
 
 template <int kHeaderUnits>
@@ -120,7 +124,7 @@ struct SliceStream {
     }
 };
 
-// ---- products: float16 activations on tensor cores, up to eight rows ---------------------------------------------------
+// ---- products: float16 activations on tensor cores, up to eight rows ------------------------------------------------
 
 struct TensorProduct {
     using Bits = unsigned short;
@@ -131,8 +135,8 @@ struct TensorProduct {
 #pragma unroll
         for (int i = 0; i < 8; ++i) acc[i / 4][i % 4] = 0.0f;
     }
-    // Where the lane finds its activations in a chunk of [rows][32]. Lanes of rows that are not there take the last one's:
-    // what comes of it lies in columns of the result that nobody reads.
+    // Where the lane finds its activations in a chunk of [rows][32]. Lanes of rows that are not there take the last
+    // one's: what comes of it lies in columns of the result that nobody reads.
     __device__ __forceinline__ static int place(int lane, int rows) {
         return min(lane / 4, rows - 1) * kChunkRows + lane % 4 * 8;
     }
@@ -145,12 +149,13 @@ struct TensorProduct {
 #pragma unroll
         for (int odd = 0; odd < 2; ++odd) {
             const int row = lane % 4 * 2 + odd;
-            if (row < rows) *reinterpret_cast<float4*>(partial + row * kTileColumns + lane / 4 * 4) = columns_of(acc, odd);
+            if (row >= rows) continue;
+            *reinterpret_cast<float4*>(partial + row * kTileColumns + lane / 4 * 4) = columns_of(acc, odd);
         }
     }
 };
 
-// ---- products: float32 activations, one multiply-add after the other ------------------------------------------------------
+// ---- products: float32 activations, one multiply-add after the other ------------------------------------------------
 
 template <int kRows>
 struct FloatProduct {
@@ -200,7 +205,7 @@ struct FloatProduct {
     }
 };
 
-// ---- the kernel ---------------------------------------------------------------------------------------------------------
+// ---- the kernel -----------------------------------------------------------------------------------------------------
 
 template <class Bits>
 struct alignas(4 * sizeof(Bits)) FourNumbers {
@@ -232,8 +237,8 @@ __device__ __forceinline__ void scatter_activations(Bits* target, const Bits* x,
 }
 
 // The sums of all slices of one tile, in the fixed order, to their place in y.
-__device__ __forceinline__ void add_slices(const float* partial, const Output& output, int rows, int first_row, int column,
-                                           int n_slices, int n_sections) {
+__device__ __forceinline__ void add_slices(const float* partial, const Output& output, int rows, int first_row,
+                                           int column, int n_slices, int n_sections) {
     for (int i = threadIdx.x; i < rows * (kTileColumns / 4); i += blockDim.x) {
         const int row = i / (kTileColumns / 4), quad = i % (kTileColumns / 4) * 4;
         const float* from = partial + row * kTileColumns + quad;
@@ -241,7 +246,9 @@ __device__ __forceinline__ void add_slices(const float* partial, const Output& o
         float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         for (int section = 0; section < n_sections; ++section) {
             float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            for (int s = 0; s < per_section; ++s, from += stride) sum = add_4(sum, *reinterpret_cast<const float4*>(from));
+            for (int s = 0; s < per_section; ++s, from += stride) {
+                sum = add_4(sum, *reinterpret_cast<const float4*>(from));
+            }
             total = add_4(total, sum);
         }
         output.write_4(first_row + row, column + quad, total);
@@ -289,13 +296,15 @@ struct SliceSum {
             default: add_chunks<8>(count, info); break;
         }
     }
-    __device__ __forceinline__ void add_chunks_of(const GptqFormat&, int count, int info) { add_chunks<4>(count, info); }
+    __device__ __forceinline__ void add_chunks_of(const GptqFormat&, int count, int info) {
+        add_chunks<4>(count, info);
+    }
 };
 
 template <class Format, class Product>
 __device__ __forceinline__ void packed_gemv(const typename Product::Bits* x, const int* stored_rows,
-                                            const PackedMatrix& matrix, const Output& output, int features, int n_chunks,
-                                            int n_rows, int n_sections) {
+                                            const PackedMatrix& matrix, const Output& output, int features,
+                                            int n_chunks, int n_rows, int n_sections) {
     using Bits = typename Product::Bits;
     EXL2_DYNAMIC_SHARED(unsigned char, shared);
     const int lane = threadIdx.x % kWarpThreads, warp = uniform(threadIdx.x / kWarpThreads), n_slices = matrix.n_slices;
@@ -309,14 +318,15 @@ __device__ __forceinline__ void packed_gemv(const typename Product::Bits* x, con
 #pragma unroll 1
     for (int i = 0; i < kRingGroups; ++i) stream.issue(lane);
     const int first = uniform(matrix.slices[warp]), last = uniform(matrix.slices[warp + 1]) - 1;
-    scatter_activations(activations, x + static_cast<long long>(first_row) * features, stored_rows, rows, features, n_chunks);
+    const Bits* const own_x = x + static_cast<long long>(first_row) * features;
+    scatter_activations(activations, own_x, stored_rows, rows, features, n_chunks);
     __syncthreads();
 
     const Bits* const own_activations = activations + first * rows * kChunkRows + Product::place(lane, rows);
     SliceSum<Format, Product> sum{stream, {ring}, lane, rows};
     sum.format.magic = hidden_magic(n_chunks);
     sum.position = 0;
-    int infos = 0, infos_table = -1, infos_first = 0;  // lane i holds the information of chunk infos_first + i of a table
+    int infos = 0, infos_table = -1, infos_first = 0;  // lane i holds the information of chunk infos_first + i
     int table = matrix.tiles[blockIdx.x].y;
 #pragma unroll 1
     for (int tile = blockIdx.x; tile < matrix.n_tiles; tile += gridDim.x) {

@@ -1,7 +1,7 @@
 // How quantised matrices lie in a card's memory, and how a warp turns them into float16 weights.
 //
-// A matrix of stored rows x N columns is cut into tiles of 32 columns, the rows of a tile into chunks of 32. Each tile is
-// one stream of 16-byte units: for each group of rows its header, then its chunks.
+// A matrix of stored rows x N columns is cut into tiles of 32 columns, the rows of a tile into chunks of 32. Each tile
+// is one stream of 16-byte units: for each group of rows its header, then its chunks.
 //
 //     tile 0:  | header | chunk | chunk | chunk | chunk | header | chunk | ...          then tile 1
 //
@@ -34,8 +34,8 @@
 //
 //     EXL2    half((q - 2^(b-1)) * half(scale^2 * group_scale))          GPTQ    half((q - zero) * scale)
 //
-// Sources: the exponent trick is Kim et al. 2022 ("Who Says Elephants Can't Run"); spreading the sixteenth pair of 3 and
-// 5 bits over the top bits, and 0x6400, are as in ExLlamaV2.
+// Sources: the exponent trick is Kim et al. 2022 ("Who Says Elephants Can't Run"); spreading the sixteenth pair of 3
+// and 5 bits over the top bits, and 0x6400, are as in ExLlamaV2.
 #pragma once
 
 #include "common.cuh"
@@ -52,7 +52,7 @@ static_assert(kLaneColumns * kLanePairs * 2 * kWarpThreads == kChunkRows * kTile
 
 __device__ constexpr int chunk_units(int bits) { return kChunkRows * kTileColumns * bits / 8 / kStreamUnitBytes; }
 
-// ---- the table of chunks ----------------------------------------------------------------------------------------------
+// ---- the table of chunks --------------------------------------------------------------------------------------------
 // One int4 a chunk: {information, first unit in the tile's stream, first unit of its group's header, 0}. Information:
 //
 //     bits 0-3    width of the codes
@@ -63,7 +63,7 @@ __device__ __forceinline__ int info_bits(int info) { return info & 15; }
 __device__ __forceinline__ int info_chunks_left(int info) { return info >> 4 & 0x7FF; }
 __device__ __forceinline__ unsigned info_group_scale(int info) { return static_cast<unsigned>(info) >> 16; }
 
-// ---- float16 pairs as words -------------------------------------------------------------------------------------------
+// ---- float16 pairs as words -----------------------------------------------------------------------------------------
 
 __device__ __forceinline__ __half2 as_half2(unsigned bits) { return *reinterpret_cast<const __half2*>(&bits); }
 __device__ __forceinline__ unsigned as_bits(__half2 pair) { return *reinterpret_cast<const unsigned*>(&pair); }
@@ -75,7 +75,8 @@ __device__ constexpr unsigned whole_number_bits(unsigned number) {
     while (number >> (exponent + 1)) ++exponent;
     return (exponent + 15) << 10 | ((number << (10 - exponent)) & 0x3FFu);
 }
-static_assert(whole_number_bits(1) == 0x3C00 && whole_number_bits(1024) == 0x6400 && whole_number_bits(66) == 0x5420, "");
+static_assert(whole_number_bits(1) == 0x3C00 && whole_number_bits(1024) == 0x6400 && whole_number_bits(66) == 0x5420,
+              "");
 
 // code_bits holds 1024 + q * 2^kShift twice; gives q * 1 + (minus_zero - 2^(10 - kShift)), with that sum ready made.
 template <int kShift>
@@ -94,7 +95,7 @@ __device__ __forceinline__ unsigned hidden_magic(int count) { return kMagic | st
 // The same number in all lanes, by a way that the compiler understands.
 __device__ __forceinline__ int uniform(int number) { return __shfl_sync(kAllLanes, number, 0); }
 
-// ---- the two formats: scales of the lane's four columns in one group ---------------------------------------------------
+// ---- the two formats: scales of the lane's four columns in one group ------------------------------------------------
 
 struct Exl2Format {
     static constexpr int kHeaderUnits = 1;
@@ -155,7 +156,7 @@ struct GptqFormat {
     }
 };
 
-// ---- where a warp reads the stream: `load` takes a byte offset --------------------------------------------------------
+// ---- where a warp reads the stream: `load` takes a byte offset ------------------------------------------------------
 
 struct FlatSource {
     const unsigned char* from;
@@ -176,7 +177,7 @@ struct RingSource {
     }
 };
 
-// ---- a chunk's words and weights --------------------------------------------------------------------------------------
+// ---- a chunk's words and weights ------------------------------------------------------------------------------------
 
 template <int kBits, class Source>
 __device__ __forceinline__ void load_words(unsigned (&words)[kBits], const Source& source, unsigned offset, int lane) {
@@ -238,7 +239,8 @@ __device__ __forceinline__ void decode(unsigned (&weights)[kLaneColumns][kLanePa
             EXL2_PAIR(5 * i + 4, 3, (numbers<3, 3>(high, magic)));
         }
         EXL2_PAIR(15, 0,
-                  (words[0] >> 15 & 0x00010001u) | (words[1] >> 14 & 0x00020002u) | (words[2] >> 13 & 0x00040004u) | magic);
+                  (words[0] >> 15 & 0x00010001u) | (words[1] >> 14 & 0x00020002u) | (words[2] >> 13 & 0x00040004u) |
+                      magic);
     } else if constexpr (kBits == 4) {
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
@@ -294,7 +296,8 @@ __device__ __forceinline__ void load_weights(unsigned (&weights)[kLaneColumns][k
 // As above for a width known at run time. All lanes agree on it.
 template <class Source>
 __device__ __forceinline__ void load_weights_of(int bits, unsigned (&weights)[kLaneColumns][kLanePairs],
-                                                const Exl2Format& format, const Source& source, unsigned offset, int lane) {
+                                                const Exl2Format& format, const Source& source, unsigned offset,
+                                                int lane) {
     switch (bits) {
         case 4: load_weights<4>(weights, format, source, offset, lane); break;
         case 3: load_weights<3>(weights, format, source, offset, lane); break;
@@ -306,7 +309,8 @@ __device__ __forceinline__ void load_weights_of(int bits, unsigned (&weights)[kL
 }
 template <class Source>
 __device__ __forceinline__ void load_weights_of(int, unsigned (&weights)[kLaneColumns][kLanePairs],
-                                                const GptqFormat& format, const Source& source, unsigned offset, int lane) {
+                                                const GptqFormat& format, const Source& source, unsigned offset,
+                                                int lane) {
     load_weights<4>(weights, format, source, offset, lane);
 }
 

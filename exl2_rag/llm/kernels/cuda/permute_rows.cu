@@ -36,7 +36,8 @@ extern "C" __global__ void __launch_bounds__(512)
     }
     __syncthreads();
     constexpr int kQuads = kChunkRows / 4;
-    uint2* const target = y + (static_cast<long long>(row / block_rows) * n_chunks * block_rows + row % block_rows) * kQuads;
+    const long long first = static_cast<long long>(row / block_rows) * n_chunks * block_rows + row % block_rows;
+    uint2* const target = y + first * kQuads;
     for (int i = threadIdx.x; i < n_chunks * kQuads; i += blockDim.x) {
         target[static_cast<long long>(i / kQuads) * block_rows * kQuads + i % kQuads] =
             *reinterpret_cast<const uint2*>(stored + i * 4);
