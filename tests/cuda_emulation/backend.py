@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
+import pytest
 from filelock import FileLock
 from torch import Tensor
 
@@ -69,6 +70,8 @@ class EmulatedBackend:
         defines: Mapping[str, int] | None = None,
         source_dir: Path = SOURCE_DIR,
     ) -> None:
+        if (problem := _without_compiler()) is not None:
+            pytest.skip(problem, allow_module_level=True)
         self.arch = arch
         self.multiprocessors = multiprocessors
         self.max_shared_bytes = _MAX_SHARED_BYTES[arch]
@@ -139,6 +142,16 @@ class EmulatedBackend:
             raise KernelError(f"{kernel}: a block of {block} threads cannot be launched")
         if shared_bytes > self.max_shared_bytes:
             raise KernelError(f"{kernel}: {shared_bytes} bytes of shared memory, at most {self.max_shared_bytes}")
+
+
+@cache
+def _without_compiler() -> str | None:
+    """Why nothing can be emulated here; None where there is a C++ compiler that runs."""
+    try:
+        library_build.compiler_version(library_build.find_compiler())
+    except library_build.BuildError as error:
+        return f"CUDA kernels are emulated by compiled C++, and there is no compiler that works: {error}"
+    return None
 
 
 @cache

@@ -261,6 +261,13 @@ def silu_mul(library: ctypes.CDLL, gate: Tensor, up: Tensor) -> Tensor:
     return y
 
 
+def silu_mul_into(library: ctypes.CDLL, gate: Tensor, up: Tensor) -> None:
+    """See `ops.silu_mul_into`."""
+    up = up.contiguous()
+    if gate.numel():
+        _call(library, "silu_mul", _SiluMul(_at(gate), _at(up), gate.numel(), _at(gate)))
+
+
 def rope_cache_write(
     library: ctypes.CDLL,
     q: Tensor,

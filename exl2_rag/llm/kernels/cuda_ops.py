@@ -43,6 +43,11 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return cuda_small_ops.gated_activation(cuda_runtime.backend(gate.device), "silu", gate, up)
 
 
+def silu_mul_into(gate: Tensor, up: Tensor) -> None:
+    """See `ops.silu_mul_into`."""
+    gate.copy_(silu_mul(gate, up))
+
+
 def rope_cache_write(
     q: Tensor,
     k: Tensor,
@@ -97,5 +102,14 @@ def register(library: Any) -> None:
     """Register everything for the dispatch key of CUDA tensors."""
     for name in ("exl2_matmul", "gptq_matmul", "digits", "plane_matmul"):
         library.impl(name, _refuse(name), "CUDA")
-    for function in (dense_matmul, embedding, add_into, rms_norm, silu_mul, rope_cache_write, paged_attention):
+    for function in (
+        dense_matmul,
+        embedding,
+        add_into,
+        rms_norm,
+        silu_mul,
+        silu_mul_into,
+        rope_cache_write,
+        paged_attention,
+    ):
         library.impl(function.__name__, function, "CUDA")

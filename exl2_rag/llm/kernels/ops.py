@@ -81,6 +81,7 @@ __all__ = [
     "sample",
     "set_num_threads",
     "silu_mul",
+    "silu_mul_into",
 ]
 
 
@@ -103,6 +104,7 @@ TOLERANCES: Final[dict[str, Tolerance]] = {
     "add_into": Tolerance(0, 0),
     "rms_norm": Tolerance(2e-6, 2e-6),
     "silu_mul": Tolerance(2e-6, 2e-6),
+    "silu_mul_into": Tolerance(2e-6, 2e-6),
     "rope_cache_write": Tolerance(1e-6, 1e-6),
     "paged_attention": Tolerance(5e-6, 5e-6),
 }
@@ -282,6 +284,24 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     check_devices("silu_mul", gate, up)
     result: Tensor = registry.silu_mul(gate, up)
     return result
+
+
+def silu_mul_into(gate: Tensor, up: Tensor) -> Tensor:
+    """As `silu_mul`, but the result takes the place of `gate`, contiguous, which is returned: one buffer less.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError: the two do not fit.
+    """
+    check_float("silu_mul_into", "gate", gate, 2)
+    check_float("silu_mul_into", "up", up, 2)
+    if gate.shape != up.shape or not gate.is_contiguous():
+        raise ShapeError(
+            f"silu_mul_into: gate must be contiguous and like up; gate is {list(gate.shape)} with strides "
+            f"{list(gate.stride())}, up is {list(up.shape)}"
+        )
+    check_devices("silu_mul_into", gate, up)
+    registry.silu_mul_into(gate, up)
+    return gate
 
 
 def _check_pages(op: str, k_pages: Tensor, v_pages: Tensor) -> None:

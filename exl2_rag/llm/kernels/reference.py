@@ -196,6 +196,11 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return (wide * torch.sigmoid(wide) * up.double()).to(torch.float32)
 
 
+def silu_mul_into(gate: Tensor, up: Tensor) -> None:
+    """gate *= sigmoid(gate) * up."""
+    gate.copy_(silu_mul(gate, up))
+
+
 def rope_cache_write(
     q: Tensor,
     k: Tensor,

@@ -29,6 +29,7 @@ _library.define("add_into(Tensor(a!) y, Tensor x) -> ()")
 _library.define("dense_matmul(Tensor(a!) y, Tensor x, Tensor weight, Tensor? bias, bool accumulate) -> ()")
 _library.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
 _library.define("silu_mul(Tensor gate, Tensor up) -> Tensor")
+_library.define("silu_mul_into(Tensor(a!) gate, Tensor up) -> ()")
 _library.define(
     "rope_cache_write(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor positions, Tensor slot_mapping, "
     "Tensor(a!) k_pages, Tensor(b!) v_pages) -> Tensor"
@@ -128,6 +129,14 @@ def _cpu_silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return reference.silu_mul(gate, up)
 
 
+def _cpu_silu_mul_into(gate: Tensor, up: Tensor) -> None:
+    library = native.library()
+    if library is not None:
+        cpu_ops.silu_mul_into(library, gate, up)
+    else:
+        reference.silu_mul_into(gate, up)
+
+
 def _cpu_rope_cache_write(
     q: Tensor,
     k: Tensor,
@@ -207,6 +216,7 @@ for _name, _cpu, _fake in (
     ("dense_matmul", _cpu_dense_matmul, _fake_nothing),
     ("rms_norm", _cpu_rms_norm, _fake_like_first),
     ("silu_mul", _cpu_silu_mul, _fake_like_first),
+    ("silu_mul_into", _cpu_silu_mul_into, _fake_nothing),
     ("rope_cache_write", _cpu_rope_cache_write, _fake_like_first),
     ("paged_attention", _cpu_paged_attention, _fake_like_first),
 ):
@@ -222,6 +232,7 @@ embedding = torch.ops.exl2_rag.embedding.default
 add_into = torch.ops.exl2_rag.add_into.default
 dense_matmul = torch.ops.exl2_rag.dense_matmul.default
 rms_norm = torch.ops.exl2_rag.rms_norm.default
+silu_mul_into = torch.ops.exl2_rag.silu_mul_into.default
 silu_mul = torch.ops.exl2_rag.silu_mul.default
 rope_cache_write = torch.ops.exl2_rag.rope_cache_write.default
 paged_attention = torch.ops.exl2_rag.paged_attention.default

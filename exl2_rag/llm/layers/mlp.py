@@ -27,4 +27,7 @@ class GatedMLP:
     def __call__(self, x: Tensor, *, add_to: Tensor) -> None:
         """[T, hidden_size] float32, normed; the result is added to `add_to`, of the same shape."""
         inputs = Activations(x)
-        self.down_proj(Activations(ops.silu_mul(self.gate_proj(inputs), self.up_proj(inputs))), add_to=add_to)
+        gate, up = self.gate_proj(inputs), self.up_proj(inputs)
+        # In place where that can be: of a long prompt this is the largest buffer.
+        gated = ops.silu_mul_into(gate, up) if gate.is_contiguous() else ops.silu_mul(gate, up)
+        self.down_proj(Activations(gated), add_to=add_to)

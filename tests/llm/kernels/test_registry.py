@@ -42,6 +42,7 @@ def arguments_of(name: str) -> tuple[object, ...]:
         "dense_matmul": (normal(3, 5), normal(3, 8), normal(5, 8), None, False),
         "rms_norm": (normal(3, 8), normal(8), 1e-5),
         "silu_mul": (normal(3, 8), normal(3, 8)),
+        "silu_mul_into": (normal(3, 8), normal(3, 8)),
     }[name]
 
 

@@ -70,6 +70,19 @@ def test_an_element_of_silu_mul_does_not_depend_on_its_place(native_level):
         assert torch.equal(alone[0, 0], together[0, place])
 
 
+@pytest.mark.parametrize("columns", [1, 5, 4096, 4099])
+def test_silu_mul_into_takes_the_place_of_the_gate(native_level, columns):
+    gate, up = normal(3, columns), normal(3, columns, seed=1)
+    expected = ops.silu_mul(gate, up)
+    assert ops.silu_mul_into(gate, up) is gate
+    assert torch.equal(gate, expected)
+
+
+def test_silu_mul_into_refuses_a_gate_that_it_could_not_write_in_place():
+    with pytest.raises(ShapeError, match="gate must be contiguous"):
+        ops.silu_mul_into(normal(5, 3).T, normal(3, 5))
+
+
 def test_silu_mul_refuses_unequal_shapes():
     with pytest.raises(ShapeError, match=r"gate is \[2, 4\], up is \[2, 5\]"):
         ops.silu_mul(torch.ones(2, 4), torch.ones(2, 5))
