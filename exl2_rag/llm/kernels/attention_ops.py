@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exl2_rag.errors import DeviceError, DTypeError, ShapeError
+from exl2_rag.errors import DTypeError, ShapeError
 from exl2_rag.llm.kernels import cuda_attention, cuda_sampling, reference_attention, reference_sampling
+from exl2_rag.llm.kernels.checks import FLOATS, check_devices
 from exl2_rag.llm.kernels.cuda_backend import Backend
 from exl2_rag.llm.kernels.kv_format import QUANT_GROUP, QuantisedPages
 from exl2_rag.llm.kernels.sampling_params import RowSampling
 
 Pages = Tensor | QuantisedPages
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _ACTIVATIONS = (torch.float32, torch.float16)
 
 _new_library: Any = torch.library.Library  # torch ships it without annotations
@@ -179,7 +179,7 @@ def quantise_kv_write(
         if tensor.shape != q.shape[:1]:
             raise ShapeError(f"{op}: {name} must be [{q.shape[0]}], it is {list(tensor.shape)}")
     parts = (k_pages.codes, k_pages.scales, v_pages.codes, v_pages.scales)
-    _check_devices(op, q, k, v, cos, sin, positions, slot_mapping, *parts)
+    check_devices(op, q, k, v, cos, sin, positions, slot_mapping, *parts)
     result: Tensor = torch.ops.exl2_rag.quantise_kv_write.default(q, k, v, cos, sin, positions, slot_mapping, *parts)
     return result
 
@@ -208,9 +208,9 @@ def sample(logits: Tensor, mask: Tensor | None, rows: RowSampling) -> tuple[Tens
         words = -(-logits.shape[1] // 32)
         if mask.dim() != 2 or mask.shape[0] != logits.shape[0] or mask.shape[1] < words:
             raise ShapeError(f"sample: mask must be [{logits.shape[0]}, {words}], it is {list(mask.shape)}")
-        _check_devices("sample", logits, mask)
+        check_devices("sample", logits, mask)
     parts = (rows.temperatures, rows.top_k, rows.top_p, rows.min_p, rows.seeds, rows.steps)
-    _check_devices("sample", logits, *parts)
+    check_devices("sample", logits, *parts)
     tokens, log_probs = torch.ops.exl2_rag.sample.default(logits, mask, *parts)
     return tokens, log_probs
 
@@ -218,12 +218,6 @@ def sample(logits: Tensor, mask: Tensor | None, rows: RowSampling) -> tuple[Tens
 def _check_dtype(op: str, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     if tensor.dtype != dtype:
         raise DTypeError(f"{op}: {name} must be {dtype}, it is {tensor.dtype}")
-
-
-def _check_devices(op: str, first: Tensor, *others: Tensor) -> None:
-    for other in others:
-        if other.device != first.device:
-            raise DeviceError(f"{op}: all tensors must be on {first.device}, one is on {other.device}")
 
 
 def _check_pages(op: str, k_pages: Pages, v_pages: Pages) -> tuple[Tensor, ...]:
@@ -236,7 +230,7 @@ def _check_pages(op: str, k_pages: Pages, v_pages: Pages) -> tuple[Tensor, ...]:
         return k_pages.codes, v_pages.codes, k_pages.scales, v_pages.scales
     if not isinstance(k_pages, Tensor) or not isinstance(v_pages, Tensor):
         raise DTypeError(f"{op}: either both k_pages and v_pages must be quantised, or neither")
-    if k_pages.dtype not in _FLOATS or v_pages.dtype != k_pages.dtype:
+    if k_pages.dtype not in FLOATS or v_pages.dtype != k_pages.dtype:
         raise DTypeError(f"{op}: pages must have one floating-point dtype, they are {k_pages.dtype}, {v_pages.dtype}")
     contiguous = k_pages.is_contiguous() and v_pages.is_contiguous()
     if k_pages.dim() != 4 or k_pages.shape != v_pages.shape or not contiguous:
@@ -277,7 +271,7 @@ def _attend(
         raise ShapeError(f"{op}: sliding_window and softcap must be 0 (off) or positive, they are {numbers[1:3]}")
     if sinks is not None and (sinks.dtype != torch.float32 or sinks.shape != (q.shape[1],)):
         raise ShapeError(f"{op}: sinks must be [{q.shape[1]}] float32, they are {list(sinks.shape)} {sinks.dtype}")
-    _check_devices(op, q, *parts, *batch, *(extra for extra in (*groups, sinks) if extra is not None))
+    check_devices(op, q, *parts, *batch, *(extra for extra in (*groups, sinks) if extra is not None))
     scales = parts[2:] if len(parts) > 2 else (None, None)
     result: Tensor = torch.ops.exl2_rag.attend_pages.default(q, *parts[:2], *scales, *batch, *groups, sinks, *numbers)
     return result

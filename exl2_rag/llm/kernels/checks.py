@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from exl2_rag.errors import DeviceError, DTypeError, ShapeError
-from exl2_rag.llm.kernels.weights import TILE_COLUMNS
+from exl2_rag.llm.kernels.weights import TILE_COLUMNS, Group, parse_groups
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -69,16 +69,22 @@ def check_exl2_parts(
     check_devices(op, q_weight, q_groups, q_scale, q_scale_max, q_invperm)
 
 
-def check_exl2_rows(
-    op: str, in_features: int, n_groups: int, q_weight: Tensor, q_scale: Tensor, q_invperm: Tensor
-) -> None:
-    """The tensors against what the group table says."""
-    out_features = q_weight.shape[1]
-    if q_invperm.shape != (in_features,) or q_scale.shape != (n_groups, out_features // 8):
+def exl2_groups(
+    op: str, q_weight: Tensor, q_groups: Tensor, q_scale: Tensor, q_invperm: Tensor
+) -> tuple[list[Group], int]:
+    """The groups that the table describes and the rows they have together, checked against the other tensors."""
+    packed_rows, out_features = q_weight.shape
+    try:
+        groups = parse_groups([number & 0xFFFF for number in q_groups.tolist()], packed_rows)
+    except ValueError as error:
+        raise ShapeError(f"{op}: {error}; the tensors are not one EXL2 matrix") from error
+    in_features = sum(group.rows for group in groups)
+    if q_invperm.shape != (in_features,) or q_scale.shape != (len(groups), out_features // 8):
         raise ShapeError(
-            f"{op}: q_groups describes {in_features} rows in {n_groups} groups and q_weight has "
+            f"{op}: q_groups describes {in_features} rows in {len(groups)} groups and q_weight has "
             f"{out_features} columns, but q_invperm is {list(q_invperm.shape)} and q_scale {list(q_scale.shape)}"
         )
+    return groups, in_features
 
 
 def check_gptq_parts(op: str, qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None) -> None:

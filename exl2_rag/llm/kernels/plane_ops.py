@@ -13,7 +13,7 @@ from torch import Tensor
 from exl2_rag.errors import ShapeError
 from exl2_rag.llm.kernels import checks, cpu_ops, native, reference, reference_planes, registry
 from exl2_rag.llm.kernels.weight_memory import WeightMemory
-from exl2_rag.llm.kernels.weights import CHUNK_ROWS, Digits, PlaneWeights, parse_groups
+from exl2_rag.llm.kernels.weights import CHUNK_ROWS, Digits, PlaneWeights
 
 
 def exl2_prepare_planes(
@@ -31,13 +31,8 @@ def exl2_prepare_planes(
     `memory` is where the codes go, the same for all matrices of a model; None: memory of their own.
     """
     checks.check_exl2_parts("exl2_prepare_planes", q_weight, q_groups, q_scale, q_scale_max, q_invperm)
-    packed_rows, out_features = q_weight.shape
-    try:
-        groups = parse_groups([number & 0xFFFF for number in q_groups.tolist()], packed_rows)
-    except ValueError as error:
-        raise ShapeError(f"exl2_prepare_planes: {error}; the tensors are not one EXL2 matrix") from error
-    in_features = sum(group.rows for group in groups)
-    checks.check_exl2_rows("exl2_prepare_planes", in_features, len(groups), q_weight, q_scale, q_invperm)
+    groups, in_features = checks.exl2_groups("exl2_prepare_planes", q_weight, q_groups, q_scale, q_invperm)
+    out_features = q_weight.shape[1]
     table = torch.tensor([[group.bits, group.rows] for group in groups], dtype=torch.int32)
     library = native.library()
     if library is None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from exl2_rag.errors import ShapeError
 from exl2_rag.llm.kernels import checks
 from exl2_rag.llm.kernels import codes as bit_codes
 from exl2_rag.llm.kernels.reference_attention import check_batch as check_batch  # noqa: PLC0414
@@ -19,7 +18,7 @@ from exl2_rag.llm.kernels.reference_attention import paged_attention as paged_at
 from exl2_rag.llm.kernels.reference_attention import paged_attention_shared as paged_attention_shared  # noqa: PLC0414
 from exl2_rag.llm.kernels.reference_attention import quantise_kv_write as quantise_kv_write  # noqa: PLC0414
 from exl2_rag.llm.kernels.reference_sampling import sample as sample  # noqa: PLC0414
-from exl2_rag.llm.kernels.weights import TILE_COLUMNS, Exl2Weights, GptqWeights, Group, parse_groups
+from exl2_rag.llm.kernels.weights import TILE_COLUMNS, Exl2Weights, GptqWeights, Group
 
 _MAX_DECODED = 1 << 22  # weights decoded at a time: 16 MiB of float32, never the whole matrix of a large layer
 
@@ -45,13 +44,8 @@ def exl2_prepare(
     prescale: float = 1.0,
 ) -> Exl2Weights:
     """Repack a matrix from its form in the file to its form in memory."""
-    packed_rows, out_features = q_weight.shape
-    try:
-        groups = parse_groups([number & 0xFFFF for number in q_groups.tolist()], packed_rows)
-    except ValueError as error:
-        raise ShapeError(f"exl2_prepare: {error}; the tensors are not one EXL2 matrix") from error
-    in_features = sum(group.rows for group in groups)
-    checks.check_exl2_rows("exl2_prepare", in_features, len(groups), q_weight, q_scale, q_invperm)
+    groups, in_features = checks.exl2_groups("exl2_prepare", q_weight, q_groups, q_scale, q_invperm)
+    out_features = q_weight.shape[1]
     return Exl2Weights(
         codes=_tiles(q_weight, TILE_COLUMNS),
         scales=_tiles(q_scale, TILE_COLUMNS // 8),
