@@ -17,7 +17,7 @@ from exl2_rag.llm.config import ModelConfig
 from exl2_rag.llm.cuda_graphs import DecodeGraphs
 from exl2_rag.llm.engine import Engine
 from exl2_rag.llm.engine_config import EngineConfig
-from exl2_rag.llm.kernels import cuda_weights
+from exl2_rag.llm.kernels import cuda_prepare, cuda_weights
 from exl2_rag.llm.kernels.cuda_backend import Backend
 from exl2_rag.llm.kernels.cuda_weights import CudaWeights
 from exl2_rag.llm.kv_cache import KVCache
@@ -98,7 +98,7 @@ def random_matrix(
     )
     if invperm is None:
         invperm = torch.randperm(in_features, device=device, generator=generator)
-    return cuda_weights.exl2_prepare(
+    return cuda_prepare.exl2_prepare(
         words.to(torch.int32),
         torch.tensor([number if number < 1 << 15 else number - (1 << 16) for number in pairs], dtype=torch.int16),
         scales.to(torch.int32),

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from exl2_rag.errors import DeviceError, DTypeError, KernelError, ShapeError
 from exl2_rag.llm.kernels.cuda_backend import I32, I64, WARP_THREADS, Argument, Backend, ceil_div
-from exl2_rag.llm.kernels.cuda_weights import LANES, UNIT_BYTES, CudaWeights
+from exl2_rag.llm.kernels.cuda_packing import LANES, UNIT_BYTES
+from exl2_rag.llm.kernels.cuda_weights import CudaWeights
 from exl2_rag.llm.kernels.weights import CHUNK_ROWS, TILE_COLUMNS
 
 LIBRARY_ROWS: Final = {torch.float16: 64, torch.float32: 16}

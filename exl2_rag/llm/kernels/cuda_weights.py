@@ -1,7 +1,7 @@
 """Quantised matrices in the form that CUDA kernels read: one stream of headers and codes for each tile of columns.
 
-`cuda/packed_stream.cuh` draws the layout; here is its other half, the packing, done once at load with torch operators
-on the tensors' own device. Knows the formats of the codes, but nothing of files, launches or cards.
+`cuda/packed_stream.cuh` draws the layout; here are its tables, and how matrices are put side by side. `cuda_prepare`
+fills the streams. Knows nothing of files, launches or cards.
 """
 
 from __future__ import annotations
@@ -15,24 +15,17 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from exl2_rag.errors import DTypeError, ShapeError
-from exl2_rag.llm.kernels import codes as bit_codes
-from exl2_rag.llm.kernels import reference
-from exl2_rag.llm.kernels.weights import CHUNK_ROWS, TILE_COLUMNS, Group, parse_groups
+from exl2_rag.errors import ShapeError
+from exl2_rag.llm.kernels.cuda_packing import UNIT_BYTES
+from exl2_rag.llm.kernels.weights import CHUNK_ROWS, TILE_COLUMNS, Group
 
-LANES: Final = 32
-UNIT_BYTES: Final = 16
 EXL2_HEADER_UNITS: Final = 1
 GPTQ_HEADER_UNITS: Final = 6
-MAX_STORED_ROWS: Final = 65504
-"""Rows that a matrix may have, padding included: 16-bit numbers name them in the file, and they are whole chunks."""
 
-_PAIRS = 16
 _MAX_SLICES = 16  # a block has as many warps
 _MAX_SECTIONS = 8
 _SECTION_BLOCKS = 160  # blocks of eight tiles that sections should make up together: about a large card's worth
 _CHUNK_COST = 2  # work of a chunk beyond its bytes, in bits a weight
-_SLAB_WEIGHTS = 1 << 24  # weights unpacked at a time: a few hundred MiB of scratch
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,77 +81,8 @@ class CudaWeights:
         return GPTQ_HEADER_UNITS if self.has_zero_points else EXL2_HEADER_UNITS
 
 
-# ---- the bits of a chunk ----
-
-
-def _pieces(bits: int, pair: int) -> list[tuple[int, int, int, int]]:
-    """Where a pair's codes go: (word, first bit there, first bit of the code, number of bits), per half word."""
-    if bits in {3, 5}:
-        per_word = 15 // bits
-        if pair < _PAIRS - 1:
-            return [(pair // per_word, bits * (pair % per_word), 0, bits)]
-        return [(bit, 15, bit, 1) for bit in range(bits)]
-    if bits == 6:
-        first, place = pair // 8 * 3, pair % 8
-        if place < 6:
-            return [(first + place // 2, place % 2 * 6, 0, 6)]
-        return [(first + place - 6, 12, 0, 4), (first + 2, 12 + (place - 6) * 2, 4, 2)]
-    per_word = 16 // bits
-    return [(pair // per_word, bits * (pair % per_word), 0, bits)]
-
-
-def pack_chunks(codes: Tensor, bits: int) -> Tensor:
-    """Codes in the order of `packed_stream.cuh`.
-
-    Args:
-        codes: [C * 32, n * 32] int32, values 0 to 2**bits - 1.
-        bits: width of a code.
-
-    Returns:
-        [n, C, bits * 32] int32: the words of each chunk of each tile.
-    """
-    n_chunks, n_tiles = codes.shape[0] // CHUNK_ROWS, codes.shape[1] // TILE_COLUMNS
-    # Rows are 8t + 2j + h, columns 4g + c of a tile; lane 4g + t holds pairs 4c + j of halves h.
-    split = codes.reshape(n_chunks, 4, 4, 2, n_tiles, 8, 4)  # C, t, j, h, n, g, c
-    halves = split.permute(4, 0, 5, 1, 6, 2, 3).reshape(n_tiles, n_chunks, LANES, _PAIRS, 2)
-    words = torch.zeros((n_tiles, n_chunks, LANES, bits), dtype=torch.int32, device=codes.device)
-    for pair in range(_PAIRS):
-        for word, first, code_bit, count in _pieces(bits, pair):
-            part = (halves[:, :, :, pair] >> code_bit) & ((1 << count) - 1)
-            words[..., word] |= (part[..., 0] << first) | (part[..., 1] << (first + 16))
-    planes, start = [], 0
-    for width in (4, 4, 2, 1):
-        if start + width <= bits:
-            planes.append(words[..., start : start + width].reshape(n_tiles, n_chunks, LANES * width))
-            start += width
-    return torch.cat(planes, dim=2)
-
-
-def unpack_chunks(words: Tensor, bits: int) -> Tensor:
-    """The inverse of `pack_chunks`."""
-    n_tiles, n_chunks = words.shape[:2]
-    planes, start = [], 0
-    for width in (4, 4, 2, 1):
-        if start + width <= bits:
-            plane = words[..., start * LANES : (start + width) * LANES]
-            planes.append(plane.reshape(n_tiles, n_chunks, LANES, width))
-            start += width
-    lane_words = torch.cat(planes, dim=3)
-    halves = torch.zeros((n_tiles, n_chunks, LANES, _PAIRS, 2), dtype=torch.int32, device=words.device)
-    for pair in range(_PAIRS):
-        for word, first, code_bit, count in _pieces(bits, pair):
-            for half in range(2):
-                part = (lane_words[..., word] >> (first + 16 * half)) & ((1 << count) - 1)
-                halves[..., pair, half] |= part << code_bit
-    split = halves.reshape(n_tiles, n_chunks, 8, 4, 4, 4, 2)  # n, C, g, t, c, j, h
-    return split.permute(1, 3, 5, 6, 0, 2, 4).reshape(n_chunks * CHUNK_ROWS, n_tiles * TILE_COLUMNS)
-
-
-# ---- tables ----
-
-
 @dataclass(frozen=True, slots=True)
-class _Layout:
+class StreamLayout:
     """Where things are in the stream of one tile, in units."""
 
     chunk_bits: list[int]
@@ -169,7 +93,8 @@ class _Layout:
     length: int
 
     @classmethod
-    def of(cls, groups: Sequence[Group], header_units: int) -> _Layout:
+    def of(cls, groups: Sequence[Group], header_units: int) -> StreamLayout:
+        """The stream of these groups, each with so many units before its chunks."""
         chunk_bits: list[int] = []
         chunk_units: list[int] = []
         group_of_chunk: list[int] = []
@@ -238,9 +163,9 @@ def _spans(tiles: Tensor, chunks: Tensor, slices: Sequence[int], header_units: i
     return torch.stack(columns, dim=2).to(torch.int32)
 
 
-def _assemble(
+def assemble(
     stream: Tensor,
-    layout: _Layout,
+    layout: StreamLayout,
     table: Tensor,
     stored_rows: Tensor,
     features: Tensor,
@@ -272,196 +197,6 @@ def _assemble(
         max_chunk_bits=max(layout.chunk_bits),
         has_zero_points=has_zero_points,
     )
-
-
-def _unit_index(first_units: Sequence[int], count: int, device: torch.device) -> Tensor:
-    """The units of several runs of `count` units, one run after the other."""
-    starts = torch.tensor(first_units, dtype=torch.int64, device=device)
-    return (starts[:, None] + torch.arange(count, device=device)).flatten()
-
-
-# ---- EXL2 ----
-
-
-def exl2_prepare(
-    q_weight: Tensor,
-    q_groups: Tensor,
-    q_scale: Tensor,
-    q_scale_max: Tensor,
-    q_invperm: Tensor,
-    *,
-    prescale: float = 1.0,
-) -> CudaWeights:
-    """Repack a matrix from its form in the file. Arguments as `ops.exl2_prepare`; they are left alone.
-
-    Raises:
-        DTypeError, ShapeError: the tensors are not one EXL2 matrix, or it is too large.
-    """
-    _check_part("exl2_prepare", "q_weight", q_weight, torch.int32, 2)
-    _check_part("exl2_prepare", "q_groups", q_groups, torch.int16, 1)
-    _check_part("exl2_prepare", "q_scale", q_scale, torch.int32, 2)
-    _check_part("exl2_prepare", "q_scale_max", q_scale_max, torch.float16, 1)
-    _check_part("exl2_prepare", "q_invperm", q_invperm, torch.int32, 1)
-    _check_columns("exl2_prepare", "q_weight", q_weight)
-    packed_rows, out_features = q_weight.shape
-    try:
-        groups = parse_groups([number & 0xFFFF for number in q_groups.tolist()], packed_rows)
-    except ValueError as error:
-        raise ShapeError(f"exl2_prepare: {error}; the tensors are not one EXL2 matrix") from error
-    in_features = sum(group.rows for group in groups)
-    wanted = ((in_features,), (len(groups), out_features // 8), (len(groups),))
-    if (q_invperm.shape, q_scale.shape, q_scale_max.shape) != wanted:
-        raise ShapeError(
-            f"exl2_prepare: q_groups describes {in_features} rows in {len(groups)} groups and q_weight has "
-            f"{out_features} columns, but q_invperm is {list(q_invperm.shape)}, q_scale {list(q_scale.shape)} and "
-            f"q_scale_max {list(q_scale_max.shape)}"
-        )
-    stored_rows = q_invperm.to(torch.int64) & 0xFFFF
-    features = torch.argsort(stored_rows)
-    identity = torch.arange(in_features, device=q_invperm.device)
-    if not torch.equal(stored_rows[features], identity):
-        raise ShapeError(f"exl2_prepare: q_invperm must name each of the {in_features} stored rows once")
-    if torch.equal(features, identity):
-        stored_rows, features = stored_rows[:0], features[:0]
-
-    layout = _Layout.of(groups, EXL2_HEADER_UNITS)
-    device, n_tiles = q_weight.device, out_features // TILE_COLUMNS
-    _check_size("exl2_prepare", layout, n_tiles, in_features)
-    stream = torch.empty((n_tiles, layout.length, 4), dtype=torch.int32, device=device)
-    headers = torch.tensor(layout.header_units, dtype=torch.int64, device=device)
-    stream[:, headers] = q_scale.reshape(len(groups), n_tiles, 4).transpose(0, 1)
-    runs = bit_codes.width_runs(groups)
-    step = max(1, _SLAB_WEIGHTS // (in_features * TILE_COLUMNS))
-    for first in range(0, n_tiles, step):
-        columns = slice(first * TILE_COLUMNS, (first + step) * TILE_COLUMNS)
-        for bits, first_packed, first_row, rows in runs:
-            words = q_weight[first_packed : first_packed + rows * bits // CHUNK_ROWS, columns]
-            packed = pack_chunks(bit_codes.unpack_codes(words, bits), bits)
-            chunk = first_row // CHUNK_ROWS
-            units = layout.chunk_units[chunk : chunk + rows // CHUNK_ROWS]
-            index = _unit_index(units, packed.shape[2] // 4, device)
-            stream[first : first + step, index] = packed.reshape(packed.shape[0], -1, 4)
-    return _assemble(
-        stream,
-        layout,
-        layout.table(reference.exl2_group_scales(q_scale_max, prescale)),
-        stored_rows.to(torch.int32),
-        features.to(torch.int32),
-        in_features=in_features,
-        has_zero_points=False,
-    )
-
-
-# ---- GPTQ ----
-
-
-def gptq_prepare(
-    qweight: Tensor,
-    qzeros: Tensor,
-    scales: Tensor,
-    g_idx: Tensor | None = None,
-    *,
-    prescale: float = 1.0,
-    zero_offset: int = 1,
-) -> CudaWeights:
-    """Repack a 4-bit GPTQ matrix from its form in the file. Arguments as `ops.gptq_prepare`; they are left alone.
-
-    Rows are sorted by group, and each group is padded to whole chunks with weights of zero that no input feature meets.
-
-    Raises:
-        DTypeError, ShapeError: the tensors are not one GPTQ matrix, or it is too large.
-    """
-    _check_part("gptq_prepare", "qweight", qweight, torch.int32, 2)
-    _check_part("gptq_prepare", "qzeros", qzeros, torch.int32, 2)
-    _check_columns("gptq_prepare", "qweight", qweight)
-    in_features, out_features, device = qweight.shape[0] * 8, qweight.shape[1], qweight.device
-    if scales.dim() != 2 or scales.shape[1] != out_features or qzeros.shape != (scales.shape[0], out_features // 8):
-        raise ShapeError(
-            f"gptq_prepare: qweight {list(qweight.shape)}, qzeros {list(qzeros.shape)} and scales "
-            f"{list(scales.shape)} do not describe one matrix"
-        )
-    if g_idx is not None and (
-        g_idx.shape != (in_features,) or not 0 <= int(g_idx.min()) <= int(g_idx.max()) < scales.shape[0]
-    ):
-        raise ShapeError(f"gptq_prepare: g_idx must be [{in_features}] with values 0 to {scales.shape[0] - 1}")
-    half_scales = scales.to(torch.float16)
-    if prescale != 1.0:
-        half_scales = (half_scales.to(torch.float32) * prescale).to(torch.float16)
-    zeros = bit_codes.unpack_nibbles(qzeros) + zero_offset
-    row_groups = reference.gptq_row_groups(g_idx, in_features, scales.shape[0]).to("cpu", torch.int64)
-
-    sizes = torch.bincount(row_groups, minlength=scales.shape[0])
-    present = sizes.nonzero().flatten()
-    padded = -(-sizes // CHUNK_ROWS) * CHUNK_ROWS
-    starts, first_rows = padded.cumsum(0) - padded, sizes.cumsum(0) - sizes
-    order = torch.argsort(row_groups, stable=True)  # features, group by group
-    sorted_groups = row_groups[order]
-    stored = starts[sorted_groups] + torch.arange(in_features) - first_rows[sorted_groups]
-    features = torch.full((int(padded.sum()),), -1, dtype=torch.int64)
-    features[stored] = order
-    stored_rows = torch.empty(in_features, dtype=torch.int64)
-    stored_rows[order] = stored
-    group_of_row = torch.repeat_interleave(torch.arange(len(padded)), padded)
-
-    groups = [Group(4, 0, int(padded[group])) for group in present.tolist()]
-    layout = _Layout.of(groups, GPTQ_HEADER_UNITS)
-    n_tiles = out_features // TILE_COLUMNS
-    _check_size("gptq_prepare", layout, n_tiles, len(features))
-    stream = torch.empty((n_tiles, layout.length, 4), dtype=torch.int32, device=device)
-    present = present.to(device)
-    tile_scales = half_scales[present].reshape(len(groups), n_tiles, TILE_COLUMNS).transpose(0, 1).contiguous()
-    tile_zeros = zeros[present].to(torch.uint8).reshape(len(groups), n_tiles, TILE_COLUMNS).transpose(0, 1).contiguous()
-    header = torch.cat((tile_scales.view(torch.int32), tile_zeros.view(torch.int32)), dim=2)
-    stream[:, _unit_index(layout.header_units, GPTQ_HEADER_UNITS, device)] = header.reshape(n_tiles, -1, 4)
-
-    row_on_device, group_on_device = features.to(device), group_of_row.to(device)
-    index = _unit_index(layout.chunk_units, 4 * CHUNK_ROWS * TILE_COLUMNS // 8 // UNIT_BYTES, device)
-    step = max(1, _SLAB_WEIGHTS // (len(features) * TILE_COLUMNS))
-    for first in range(0, n_tiles, step):
-        columns = slice(first * TILE_COLUMNS, (first + step) * TILE_COLUMNS)
-        words = qweight[:, columns]
-        shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=device)
-        codes = ((words[:, None] >> shifts[None, :, None]) & 15).flatten(0, 1)
-        nothing = zeros[group_on_device][:, columns].clamp(max=15)  # a code whose weight is zero
-        stored_codes = torch.where(row_on_device[:, None] < 0, nothing, codes[row_on_device.clamp(min=0)])
-        packed = pack_chunks(stored_codes.to(torch.int32), 4)
-        stream[first : first + step, index] = packed.reshape(packed.shape[0], -1, 4)
-    if torch.equal(features, torch.arange(in_features)):
-        stored_rows, features = stored_rows[:0], features[:0]
-    return _assemble(
-        stream,
-        layout,
-        layout.table(None),
-        stored_rows.to(device, torch.int32),
-        features.to(device, torch.int32),
-        in_features=in_features,
-        has_zero_points=True,
-    )
-
-
-def _check_part(op: str, name: str, tensor: Tensor, dtype: torch.dtype, dims: int) -> None:
-    if tensor.dtype != dtype:
-        raise DTypeError(f"{op}: {name} must be {dtype}, it is {tensor.dtype}")
-    if tensor.dim() != dims:
-        raise ShapeError(f"{op}: {name} must have {dims} dimension(s), its shape is {list(tensor.shape)}")
-
-
-def _check_columns(op: str, name: str, tensor: Tensor) -> None:
-    if tensor.shape[1] == 0 or tensor.shape[1] % TILE_COLUMNS:
-        raise ShapeError(f"{op}: {name} must have a multiple of {TILE_COLUMNS} columns, it has {tensor.shape[1]}")
-
-
-def _check_size(op: str, layout: _Layout, n_tiles: int, stored_rows: int) -> None:
-    if stored_rows > MAX_STORED_ROWS:
-        raise ShapeError(f"{op}: a matrix may have {MAX_STORED_ROWS} rows, this one has {stored_rows}")
-    if layout.length * n_tiles >= 1 << 31:
-        raise ShapeError(
-            f"{op}: a matrix may take {(1 << 31) * UNIT_BYTES >> 30} GiB, this one takes "
-            f"{layout.length * n_tiles * UNIT_BYTES >> 30}"
-        )
-
-
-# ---- several matrices as one ----
 
 
 def can_stack(matrices: Sequence[CudaWeights]) -> bool:

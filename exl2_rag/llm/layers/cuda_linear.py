@@ -16,7 +16,7 @@ from torch import Tensor
 
 from exl2_rag.llm.checkpoint import Checkpoint
 from exl2_rag.llm.checkpoint.gptq_format import zero_offset
-from exl2_rag.llm.kernels import cuda_dense, cuda_matmul, cuda_weights
+from exl2_rag.llm.kernels import cuda_dense, cuda_matmul, cuda_prepare, cuda_weights
 from exl2_rag.llm.kernels.cuda_backend import Backend
 from exl2_rag.llm.kernels.cuda_weights import CudaWeights
 from exl2_rag.llm.layers.linear import EXL2_PARTS, LinearSpec, check_linear
@@ -149,9 +149,9 @@ def load_cuda_linear(
             parts.append(PlainLinear(backend, weight, bias))
             continue
         if kind == "exl2":
-            weights = cuda_weights.exl2_prepare(*(tensors[name] for name in EXL2_PARTS))
+            weights = cuda_prepare.exl2_prepare(*(tensors[name] for name in EXL2_PARTS))
         else:
-            weights = cuda_weights.gptq_prepare(
+            weights = cuda_prepare.gptq_prepare(
                 tensors["qweight"],
                 tensors["qzeros"],
                 tensors["scales"],

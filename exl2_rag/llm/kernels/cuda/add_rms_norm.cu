@@ -12,7 +12,7 @@
 // so the barrier of the sum is the only one. y is bit for bit what rms_norm gives for the new residual.
 //
 // The caller guarantees what it guarantees for rms_norm.
-#include "common.cuh"
+#include "norm_row.cuh"
 
 namespace exl2 {
 
@@ -45,20 +45,7 @@ __device__ __forceinline__ void add_rms_norm_row(float* residual, const In* delt
         for (int i = 0; i < 4; ++i) squares = fmaf(sum[i], sum[i], squares);
     }
     const float factor = rsqrtf(block_sum(squares, scratch) / columns + eps);
-    for (int c = 4 * threadIdx.x; c < columns; c += step) {
-        if (vectorised) {
-            float four[4], scale[4];
-            load_4(residual + c, four);
-            load_4(weight + c, scale);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) four[i] = four[i] * factor * scale[i];
-            store_4(y + c, four);
-        } else {
-            for (int i = 0; i < 4 && c + i < columns; ++i) {
-                y[c + i] = from_float<Out>(residual[c + i] * factor * weight[c + i]);
-            }
-        }
-    }
+    scale_row(residual, weight, y, columns, factor, vectorised);
 }
 
 }  // namespace exl2

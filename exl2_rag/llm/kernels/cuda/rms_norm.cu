@@ -14,7 +14,7 @@
 //
 // The caller guarantees: blockDim.x a multiple of 32, at most 1024, and a function of C alone; gridDim.x = T;
 // with `vectorised`, C and x_stride multiples of 4 and all pointers aligned to four numbers.
-#include "common.cuh"
+#include "norm_row.cuh"
 
 namespace exl2 {
 
@@ -37,20 +37,7 @@ __device__ __forceinline__ void rms_norm_row(const In* x, const float* weight, O
         for (int i = 0; i < 4; ++i) squares = fmaf(four[i], four[i], squares);
     }
     const float factor = rsqrtf(block_sum(squares, scratch) / columns + eps);
-    for (int c = 4 * threadIdx.x; c < columns; c += step) {
-        if (vectorised) {
-            float four[4], scale[4];
-            load_4(x + c, four);
-            load_4(weight + c, scale);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) four[i] = four[i] * factor * scale[i];
-            store_4(y + c, four);
-        } else {
-            for (int i = 0; i < 4 && c + i < columns; ++i) {
-                y[c + i] = from_float<Out>(to_float(x[c + i]) * factor * weight[c + i]);
-            }
-        }
-    }
+    scale_row(x, weight, y, columns, factor, vectorised);
 }
 
 }  // namespace exl2

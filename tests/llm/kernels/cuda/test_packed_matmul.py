@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from exl2_rag.errors import DTypeError, KernelError, ShapeError
-from exl2_rag.llm.kernels import cuda_matmul, cuda_weights, ops, reference
+from exl2_rag.llm.kernels import cuda_matmul, cuda_packing, cuda_prepare, cuda_weights, ops, reference
 from exl2_rag.llm.kernels.cuda_backend import SOURCE_DIR
 from exl2_rag.llm.kernels.cuda_matmul import dequantise, packed_matmul
 from exl2_rag.llm.kernels.cuda_weights import CudaWeights
@@ -29,7 +29,7 @@ LONG_MIX = [(8, 32), (6, 96), (5, 64), (4, 128), (3, 64), (2, 64), (2, 32)]
 
 
 def prepared(parts: dict[str, Tensor], device: torch.device, **options) -> CudaWeights:
-    return cuda_weights.exl2_prepare(**{name: part.to(device) for name, part in parts.items()}, **options)
+    return cuda_prepare.exl2_prepare(**{name: part.to(device) for name, part in parts.items()}, **options)
 
 
 def exact_weights(parts: dict[str, Tensor], **options) -> Tensor:
@@ -64,7 +64,7 @@ def exact_gptq(parts: dict[str, Tensor], **options) -> Tensor:
 
 
 def prepared_gptq(parts: dict[str, Tensor], device: torch.device, **options) -> CudaWeights:
-    return cuda_weights.gptq_prepare(**{name: part.to(device) for name, part in parts.items()}, **options)
+    return cuda_prepare.gptq_prepare(**{name: part.to(device) for name, part in parts.items()}, **options)
 
 
 def assert_near(actual: Tensor, x: Tensor, exact: Tensor) -> None:
@@ -80,9 +80,9 @@ def assert_near(actual: Tensor, x: Tensor, exact: Tensor) -> None:
 @pytest.mark.parametrize("bits", EXL2_WIDTHS)
 def test_packed_codes_take_no_more_room_and_unpack_to_themselves(bits):
     codes = torch.randint(0, 1 << bits, (96, 64), generator=generator(bits), dtype=torch.int32)
-    packed = cuda_weights.pack_chunks(codes, bits)
+    packed = cuda_packing.pack_chunks(codes, bits)
     assert packed.numel() * 32 == codes.numel() * bits
-    assert torch.equal(cuda_weights.unpack_chunks(packed, bits), codes)
+    assert torch.equal(cuda_packing.unpack_chunks(packed, bits), codes)
 
 
 def test_a_matrix_takes_the_room_of_its_codes_and_scales():
@@ -473,7 +473,7 @@ def test_what_is_no_exl2_matrix_is_refused(part, change, error, message):
     parts = exl2_parts([(4, 64), (3, 32)], 64)
     parts[part] = change(parts[part])
     with pytest.raises(error, match=message):
-        cuda_weights.exl2_prepare(**parts)
+        cuda_prepare.exl2_prepare(**parts)
 
 
 @pytest.mark.parametrize(
@@ -488,13 +488,13 @@ def test_what_is_no_exl2_matrix_is_refused(part, change, error, message):
 )
 def test_what_is_no_gptq_matrix_is_refused(part, value, error, message):
     with pytest.raises(error, match=message):
-        cuda_weights.gptq_prepare(**gptq_parts(16, 32, [8, 8]) | {part: value})
+        cuda_prepare.gptq_prepare(**gptq_parts(16, 32, [8, 8]) | {part: value})
 
 
 def test_a_matrix_of_more_rows_than_can_be_named_is_refused():
     words = torch.zeros(8200, 32, dtype=torch.int32)
     with pytest.raises(ShapeError, match="may have 65504 rows"):
-        cuda_weights.gptq_prepare(words, torch.zeros(1, 4, dtype=torch.int32), torch.ones(1, 32))
+        cuda_prepare.gptq_prepare(words, torch.zeros(1, 4, dtype=torch.int32), torch.ones(1, 32))
 
 
 # ---- the tests above notice faults ----
