@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Generator, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, cast, overload
+from typing import TYPE_CHECKING, Any, Self, Unpack, cast, overload
 
 from exl2_rag.errors import ModelNotFoundError, RequestError
 from exl2_rag.llm.chat_template import ChatTemplate, Message, encode_chat
@@ -19,6 +19,7 @@ from exl2_rag.llm.engine_thread import EngineThread
 from exl2_rag.llm.pin import Pin
 from exl2_rag.llm.prompts import Prompt, Prompts, as_batch, as_token_ids
 from exl2_rag.llm.request import CacheReport, GenerationRequest, GenerationResult, SamplingParams, StreamPiece, Usage
+from exl2_rag.llm.request_options import RequestOptions
 from exl2_rag.llm.sequence import Evaluation, Sequence
 from exl2_rag.llm.tokenizer import Tokenizer
 
@@ -126,7 +127,7 @@ class ExL2LLM:
 
     @overload
     def generate(
-        self, prompt: Prompt, sampling: SamplingParams | None = None, *, constraint: Constraint | None = None
+        self, prompt: Prompt, sampling: SamplingParams | None = None, **options: Unpack[RequestOptions]
     ) -> GenerationResult: ...
 
     @overload
@@ -134,30 +135,31 @@ class ExL2LLM:
         self,
         prompt: Prompts,
         sampling: SamplingParams | None = None,
-        *,
-        constraint: Constraint | None = None,
+        **options: Unpack[RequestOptions],
     ) -> list[GenerationResult]: ...
 
     def generate(
         self,
         prompt: Prompt | Prompts,
         sampling: SamplingParams | None = None,
-        *,
-        constraint: Constraint | None = None,
+        **options: Unpack[RequestOptions],
     ) -> GenerationResult | list[GenerationResult]:
         """Continue a prompt, or several as one batch in which shared prefixes are computed once.
+
+        Args:
+            options: see `RequestOptions`; one that is not there is a TypeError.
 
         Raises:
             RequestError: a prompt or parameter that can never run (ContextOverflowError, ConstraintError).
             EngineError: the engine could not finish it.
         """
         prompts, is_batch = as_batch(prompt)
-        sequences = [self._sequence(self._encode(one), sampling, constraint) for one in prompts]
+        sequences = [self._sequence(self._encode(one), sampling, **options) for one in prompts]
         results = [_result(pieces) for pieces in self._thread.run_together(sequences)]
         return results if is_batch else results[0]
 
     def stream(
-        self, prompt: Prompt, sampling: SamplingParams | None = None, *, constraint: Constraint | None = None
+        self, prompt: Prompt, sampling: SamplingParams | None = None, **options: Unpack[RequestOptions]
     ) -> Generator[StreamPiece, None, None]:
         """Continue a prompt piece by piece. Closing the generator cancels the request.
 
@@ -165,11 +167,11 @@ class ExL2LLM:
             RequestError: at once, before the first piece is asked for.
             EngineError: from the generator.
         """
-        return self._stream(self._sequence(self._encode(prompt), sampling, constraint))
+        return self._stream(self._sequence(self._encode(prompt), sampling, **options))
 
     @overload
     async def agenerate(
-        self, prompt: Prompt, sampling: SamplingParams | None = None, *, constraint: Constraint | None = None
+        self, prompt: Prompt, sampling: SamplingParams | None = None, **options: Unpack[RequestOptions]
     ) -> GenerationResult: ...
 
     @overload
@@ -177,31 +179,29 @@ class ExL2LLM:
         self,
         prompt: Prompts,
         sampling: SamplingParams | None = None,
-        *,
-        constraint: Constraint | None = None,
+        **options: Unpack[RequestOptions],
     ) -> list[GenerationResult]: ...
 
     async def agenerate(
         self,
         prompt: Prompt | Prompts,
         sampling: SamplingParams | None = None,
-        *,
-        constraint: Constraint | None = None,
+        **options: Unpack[RequestOptions],
     ) -> GenerationResult | list[GenerationResult]:
         """`generate` for a coroutine. Cancelling the task cancels the requests."""
         prompts, is_batch = as_batch(prompt)
         # In a thread: encoding and compiling take long enough to hold up the loop.
         sequences = await asyncio.to_thread(
-            lambda: [self._sequence(self._encode(one), sampling, constraint) for one in prompts]
+            lambda: [self._sequence(self._encode(one), sampling, **options) for one in prompts]
         )
         results = await self._gather(sequences)
         return results if is_batch else results[0]
 
     async def astream(
-        self, prompt: Prompt, sampling: SamplingParams | None = None, *, constraint: Constraint | None = None
+        self, prompt: Prompt, sampling: SamplingParams | None = None, **options: Unpack[RequestOptions]
     ) -> AsyncGenerator[StreamPiece, None]:
         """`stream` for a coroutine: `async for piece in llm.astream(prompt)`. Errors come from the generator."""
-        sequence = await asyncio.to_thread(lambda: self._sequence(self._encode(prompt), sampling, constraint))
+        sequence = await asyncio.to_thread(lambda: self._sequence(self._encode(prompt), sampling, **options))
         pieces = self._thread.astream(sequence)
         try:
             async for piece in pieces:
@@ -217,7 +217,7 @@ class ExL2LLM:
         sampling: SamplingParams | None = None,
         *,
         tools: Tools | None = None,
-        constraint: Constraint | None = None,
+        **options: Unpack[RequestOptions],
     ) -> GenerationResult:
         """The assistant's next message.
 
@@ -229,7 +229,7 @@ class ExL2LLM:
             ChatTemplateError: the model has no chat template, or it refuses the messages.
             RequestError, EngineError: as for `generate`.
         """
-        return self.generate(self.encode_chat(messages, tools=tools), sampling, constraint=constraint)
+        return self.generate(self.encode_chat(messages, tools=tools), sampling, **options)
 
     def stream_chat(
         self,
@@ -237,10 +237,10 @@ class ExL2LLM:
         sampling: SamplingParams | None = None,
         *,
         tools: Tools | None = None,
-        constraint: Constraint | None = None,
+        **options: Unpack[RequestOptions],
     ) -> Generator[StreamPiece, None, None]:
         """`chat` piece by piece. Closing the generator cancels the request."""
-        return self.stream(self.encode_chat(messages, tools=tools), sampling, constraint=constraint)
+        return self.stream(self.encode_chat(messages, tools=tools), sampling, **options)
 
     async def achat(
         self,
@@ -248,11 +248,11 @@ class ExL2LLM:
         sampling: SamplingParams | None = None,
         *,
         tools: Tools | None = None,
-        constraint: Constraint | None = None,
+        **options: Unpack[RequestOptions],
     ) -> GenerationResult:
         """`chat` for a coroutine. Cancelling the task cancels the request."""
         prompt = await asyncio.to_thread(lambda: self.encode_chat(messages, tools=tools))
-        return await self.agenerate(prompt, sampling, constraint=constraint)
+        return await self.agenerate(prompt, sampling, **options)
 
     async def astream_chat(
         self,
@@ -260,11 +260,11 @@ class ExL2LLM:
         sampling: SamplingParams | None = None,
         *,
         tools: Tools | None = None,
-        constraint: Constraint | None = None,
+        **options: Unpack[RequestOptions],
     ) -> AsyncGenerator[StreamPiece, None]:
         """`stream_chat` for a coroutine: `async for piece in llm.astream_chat(messages)`."""
         prompt = await asyncio.to_thread(lambda: self.encode_chat(messages, tools=tools))
-        pieces = self.astream(prompt, sampling, constraint=constraint)
+        pieces = self.astream(prompt, sampling, **options)
         try:
             async for piece in pieces:
                 yield piece
@@ -373,7 +373,7 @@ class ExL2LLM:
     # --- inside ----------------------------------------------------------------------------------------------------
 
     def _sequence(
-        self, token_ids: tuple[int, ...], sampling: SamplingParams | None, constraint: Constraint | None
+        self, token_ids: tuple[int, ...], sampling: SamplingParams | None, *, constraint: Constraint | None = None
     ) -> Sequence:
         return self._engine.prepare(GenerationRequest(token_ids, sampling or SamplingParams(), constraint))
 

@@ -1,0 +1,21 @@
+"""The keywords that every way of asking takes beside the prompt and its `SamplingParams`.
+
+`ExL2LLM.generate`, `stream`, `chat` and their async twins take the same ones, so they are named once, here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypedDict
+
+if TYPE_CHECKING:
+    from exl2_rag.llm.constraint import Constraint
+
+
+class RequestOptions(TypedDict, total=False):
+    """Keywords of one request; each may be left out.
+
+    Attributes:
+        constraint: what the continuation must obey.
+    """
+
+    constraint: Constraint | None
