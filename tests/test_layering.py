@@ -27,7 +27,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "exl2_rag.llm.config", "exl2_rag.llm.kv_cache", "exl2_rag.llm.forward_inputs",
     ),
     "exl2_rag.llm.page_table": SHARED,
-    "exl2_rag.llm.request": (*SHARED, "exl2_rag.llm.constraint"),
+    "exl2_rag.llm.request": (
+        *SHARED, "exl2_rag.llm.constraint", "exl2_rag.llm.logprobs", "exl2_rag.llm.sampling.params",
+    ),
+    "exl2_rag.llm.sampling.params": (*SHARED, "exl2_rag.llm.sampling.ranges"),
+    "exl2_rag.llm.sampling": (*SHARED, "exl2_rag.llm.sampling"),
     "exl2_rag.llm.scheduler": (
         *SHARED, "exl2_rag.llm.page_table", "exl2_rag.llm.sequence", "exl2_rag.llm.request",
         "exl2_rag.llm.engine_config",
@@ -41,7 +45,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 # The one exception, written down: these import their adapter inside the function.
 EXCEPTIONS = {("exl2_rag.llm.api", "exl2_rag.adapters")}
-NO_TORCH = ("exl2_rag.llm.page_table", "exl2_rag.llm.scheduler", "exl2_rag.llm.request", "exl2_rag.retrieval.fusion")
+NO_TORCH = (
+    "exl2_rag.llm.page_table", "exl2_rag.llm.scheduler", "exl2_rag.llm.request", "exl2_rag.llm.logprobs",
+    "exl2_rag.llm.sampling.params", "exl2_rag.llm.sampling.ranges", "exl2_rag.retrieval.fusion",
+)  # fmt: skip
 FRAMEWORKS = {"langchain_core": "exl2_rag.adapters.langchain", "llama_index": "exl2_rag.adapters.llama_index"}
 # Opens the doors to both, and says which package is missing where one is.
 DOORS = "exl2_rag.adapters"

@@ -22,6 +22,7 @@ from exl2_rag.llm.page_table import PageTable
 from exl2_rag.llm.page_table_check import check_integrity
 from exl2_rag.llm.request import CacheReport, FinishReason, GenerationRequest, SamplingParams, StreamPiece
 from exl2_rag.llm.sampler import Draw, sample
+from exl2_rag.llm.sampling.honoured import refuse_unhonoured
 from exl2_rag.llm.scheduler import Scheduler, Slice
 from exl2_rag.llm.sequence import Evaluation, Sequence
 
@@ -101,6 +102,7 @@ class Engine:
             ConstraintError: the constraint cannot be enforced.
         """
         sampling = request.sampling
+        refuse_unhonoured(sampling)
         self._check_prompt(request.token_ids, n_new=1)
         room = self.config.sequence_limit - len(request.token_ids)
         stop_ids = frozenset(sampling.stop_token_ids)
