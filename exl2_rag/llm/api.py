@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from exl2_rag.adapters.langchain import ChatExL2
     from exl2_rag.adapters.llama_index import ExL2 as LlamaIndexExL2
-    from exl2_rag.llm.constraint import Constraint
 
 Tools = Seq[dict[str, Any]]
 
@@ -292,17 +291,17 @@ class ExL2LLM:
 
     # --- the cache -------------------------------------------------------------------------------------------------
 
-    def warm(self, prompt: Prompt | Seq[Message]) -> Usage:
-        """Compute a prompt, or the beginning of a chat, so that later requests find it in the cache.
+    def warm(self, prompt: Prompt | Seq[Message], *, cache_salt: str | None = None) -> Usage:
+        """Compute a prompt, or the beginning of a chat, so that later requests of this salt find it in the cache.
 
         Returns:
             Its token count, and how many of them were there already.
         """
-        return self._compute(self._engine.prepare_prompt(self._encode_prefix(prompt)))
+        return self._compute(self._engine.prepare_prompt(self._encode_prefix(prompt), cache_salt=cache_salt))
 
-    def pin(self, prompt: Prompt | Seq[Message]) -> Pin:
+    def pin(self, prompt: Prompt | Seq[Message], *, cache_salt: str | None = None) -> Pin:
         """`warm`, and keep the pages until the returned pin is released or the engine is closed."""
-        sequence = self._engine.prepare_prompt(self._encode_prefix(prompt), keep_pages=True)
+        sequence = self._engine.prepare_prompt(self._encode_prefix(prompt), keep_pages=True, cache_salt=cache_salt)
         self._compute(sequence)
         return Pin(self._thread, self._engine, sequence)
 
@@ -373,9 +372,9 @@ class ExL2LLM:
     # --- inside ----------------------------------------------------------------------------------------------------
 
     def _sequence(
-        self, token_ids: tuple[int, ...], sampling: SamplingParams | None, *, constraint: Constraint | None = None
+        self, token_ids: tuple[int, ...], sampling: SamplingParams | None, **options: Unpack[RequestOptions]
     ) -> Sequence:
-        return self._engine.prepare(GenerationRequest(token_ids, sampling or SamplingParams(), constraint))
+        return self._engine.prepare(GenerationRequest(token_ids, sampling or SamplingParams(), **options))
 
     def _stream(self, sequence: Sequence) -> Generator[StreamPiece, None, None]:
         yield from self._thread.stream(sequence)  # a frame of our own, so that the engine outlives the stream

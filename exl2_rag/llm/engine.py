@@ -16,6 +16,7 @@ from torch import Tensor
 
 from exl2_rag.errors import ContextOverflowError, EngineError, Exl2RagError, RequestError
 from exl2_rag.llm.engine_config import EngineConfig
+from exl2_rag.llm.fingerprint import CacheIdentity, root_key
 from exl2_rag.llm.model_runner import ModelRunner
 from exl2_rag.llm.output_text import OutputText, TokenDecoder
 from exl2_rag.llm.page_table import PageTable
@@ -65,7 +66,7 @@ class Engine:
         text: makes decoders and matchers.
         vocab_size: V, the width of the logits; prompts must stay below.
         eos_token_ids: ids that end a text, unless a request says otherwise.
-        fingerprint: what the contents of the cache depend on beside the tokens.
+        identity: what the contents of the cache depend on beside the tokens. Needed where they outlive the process.
     """
 
     def __init__(
@@ -76,14 +77,15 @@ class Engine:
         *,
         vocab_size: int,
         eos_token_ids: Iterable[int] = (),
-        fingerprint: bytes = b"",
+        identity: CacheIdentity | None = None,
     ) -> None:
         self.config = config
         self._runner = runner
         self._text = text
         self._vocab_size = vocab_size
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._fingerprint = fingerprint
+        self.identity = identity
+        self._identity_digest = b"" if identity is None else identity.digest()
         self._scheduler = self._fresh_scheduler()
         self._n_prompt_tokens = 0
         self._n_cached_tokens = 0
@@ -92,6 +94,10 @@ class Engine:
     def has_work(self) -> bool:
         """Whether a step would do anything."""
         return bool(self._scheduler.running or self._scheduler.waiting)
+
+    def cache_root(self, salt: str | None = None, lora: Iterable[tuple[str, float]] = ()) -> bytes:
+        """The root of the pages of a request. Arguments and errors as for `fingerprint.root_key`."""
+        return root_key(self._identity_digest, salt=salt, lora=lora)
 
     def prepare(self, request: GenerationRequest) -> Sequence:
         """Check a request and make what it needs, without queueing it. Safe from any thread.
@@ -117,10 +123,16 @@ class Engine:
             output=OutputText(self._text.decoder(request.token_ids), sampling.stop),
             stop_token_ids=stop_ids,
             matcher=self._text.matcher(request),
+            cache_root=self.cache_root(request.cache_salt),
         )
 
     def prepare_prompt(
-        self, token_ids: tuple[int, ...], *, keep_pages: bool = False, evaluation: Evaluation | None = None
+        self,
+        token_ids: tuple[int, ...],
+        *,
+        keep_pages: bool = False,
+        evaluation: Evaluation | None = None,
+        cache_salt: str | None = None,
     ) -> Sequence:
         """A sequence that only computes its prompt: to warm the cache, to pin it, or to read logits.
 
@@ -129,7 +141,12 @@ class Engine:
         """
         self._check_prompt(token_ids, n_new=0)
         return Sequence(
-            token_ids, max_new_tokens=0, sampling=SamplingParams(), evaluation=evaluation, keep_pages=keep_pages
+            token_ids,
+            max_new_tokens=0,
+            sampling=SamplingParams(),
+            evaluation=evaluation,
+            keep_pages=keep_pages,
+            cache_root=self.cache_root(cache_salt),
         )
 
     def add(self, sequence: Sequence) -> None:
@@ -207,7 +224,7 @@ class Engine:
         check_integrity(self._scheduler.table)
 
     def _fresh_scheduler(self) -> Scheduler:
-        table = PageTable(self.config.n_pages, self.config.page_size, self._fingerprint)
+        table = PageTable(self.config.n_pages, self.config.page_size, self.cache_root())
         return Scheduler(table, self.config)
 
     def _check_prompt(self, token_ids: tuple[int, ...], *, n_new: int) -> None:

@@ -28,7 +28,7 @@ from exl2_rag.llm.engine_config import (
     available_memory_bytes,
     resolve,
 )
-from exl2_rag.llm.fingerprint import cache_fingerprint
+from exl2_rag.llm.fingerprint import CacheIdentity
 from exl2_rag.llm.kernels import cuda_runtime
 from exl2_rag.llm.kernels.cuda_backend import Backend
 from exl2_rag.llm.kernels.ops import native_available, set_num_threads
@@ -112,12 +112,7 @@ def _load(model_dir: Path, options: EngineOptions) -> LoadedModel:
         TokenizerText(tokenizer, config.vocab_size),
         vocab_size=config.vocab_size,
         eos_token_ids={*config.eos_token_ids, *tokenizer.eos_token_ids},
-        fingerprint=cache_fingerprint(
-            model_dir,
-            cache_dtype=engine_config.cache_dtype,
-            page_size=engine_config.page_size,
-            precision=engine_config.precision,
-        ),
+        identity=CacheIdentity.of(model_dir, config, engine_config),
     )
     return LoadedModel(engine, tokenizer, config)
 

@@ -1,8 +1,9 @@
 """Which page of the KV cache belongs to whom, and which tokens lie on it. Knows token ids and integers, no tensors.
 
 Pages form a tree. A full page has a key: BLAKE2b of its parent's key and its token ids, so a key names the whole text
-up to the page's end. The tree's root is the cache's fingerprint. Below each full page hang its children: full pages,
-and pages being filled or left partly filled, which are found by their first token.
+up to the page's end. A tree's root names what else keys and values depend on: model, cache, tenant, LoRA set. Below
+each root and each full page hang its children: full pages, and pages being filled or left partly filled, which are
+found by their first token. Trees of different roots share no page.
 
     root ── [the cat sat on] ── [the mat and slept] ── [all day]         three pages of 4 tokens, the last partly filled
                             └── [the roof . then ]
@@ -32,7 +33,8 @@ class Page:
 
     Attributes:
         index: its place in the KV cache.
-        parent_key: key of the page before it; meaningless while blank.
+        parent_key: key of the page before it, or the root; meaningless while blank.
+        root: the root of the tree it hangs in; meaningless while blank.
         key: set once all rows are filled.
         token_ids: the tokens whose keys and values its first rows hold.
         n_holders: how many `HeldPages` list it.
@@ -42,6 +44,7 @@ class Page:
 
     index: int
     parent_key: bytes = b""
+    root: bytes = b""
     key: bytes | None = None
     token_ids: list[int] = field(default_factory=list)
     n_holders: int = 0
@@ -63,6 +66,7 @@ class HeldPages:
     """The pages one sequence (or one pin) holds, from the root on.
 
     Attributes:
+        root: what the first page hangs below.
         pages: page indices in order; the last ones may be blank.
         keys: keys of the full ones.
         n_tokens: tokens whose keys and values are on the pages.
@@ -70,6 +74,7 @@ class HeldPages:
         pinned: held for later, not by a running sequence.
     """
 
+    root: bytes
     pages: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
     n_tokens: int = 0
@@ -110,14 +115,14 @@ class PageTable:
     Args:
         n_pages: pages in the KV cache.
         page_size: tokens on a page.
-        fingerprint: what else must agree for keys and values to be reusable (model, cache dtype, …).
+        root_key: root of sequences that name none. Roots are longer than page keys, so neither passes for the other.
     """
 
-    def __init__(self, n_pages: int, page_size: int, fingerprint: bytes = b"") -> None:
+    def __init__(self, n_pages: int, page_size: int, root_key: bytes = b"\0" * 32) -> None:
         if n_pages < 1 or page_size < 1:
             raise ValueError(f"expected at least one page of one token, got {n_pages} pages of {page_size}")
         self.page_size = page_size
-        self.root_key = hashlib.blake2b(b"page table root" + fingerprint, digest_size=KEY_BYTES).digest()
+        self.root_key = root_key
         self.pages = [Page(index) for index in range(n_pages)]
         self.n_evicted = 0
         self._free = list(range(n_pages - 1, -1, -1))
@@ -146,17 +151,20 @@ class PageTable:
         """The key of a full page with these tokens after the page with `parent_key`."""
         return hashlib.blake2b(parent_key + array("q", token_ids).tobytes(), digest_size=KEY_BYTES).digest()
 
-    def lookup(self, token_ids: Seq[int], limit: int, known_keys: list[bytes] | None = None) -> PrefixMatch:
+    def lookup(
+        self, token_ids: Seq[int], limit: int, known_keys: list[bytes] | None = None, root: bytes | None = None
+    ) -> PrefixMatch:
         """What is cached of the first `limit` tokens. Changes nothing.
 
         Args:
             known_keys: page keys of these tokens from earlier calls; new ones are appended, so that a request that
                 waits long is hashed once.
+            root: the tree to look in; None is the table's own.
         """
         known_keys = [] if known_keys is None else known_keys
         pages: list[int] = []
         keys: list[bytes] = []
-        parent_key = self.root_key
+        parent_key = self.root_key if root is None else root
         for end in range(self.page_size, limit + 1, self.page_size):
             wanted = list(token_ids[end - self.page_size : end])
             if len(known_keys) == len(pages):
@@ -173,15 +181,22 @@ class PageTable:
         n_unheld = sum(self.pages[index].n_holders == 0 for index in pages)
         return PrefixMatch(tuple(pages), tuple(keys), source, n_rows, start + n_rows, n_unheld)
 
-    def hold(self, token_ids: Seq[int], limit: int, known_keys: list[bytes] | None = None) -> HeldPages:
-        """Take up what is cached of the first `limit` tokens.
+    def hold(
+        self, token_ids: Seq[int], limit: int, known_keys: list[bytes] | None = None, root: bytes | None = None
+    ) -> HeldPages:
+        """Take up what is cached of the first `limit` tokens below `root`. Arguments as for `lookup`.
 
         The caller carries out `copy`, if there is one, before the next forward pass, in the order of the calls.
         Partly matching rows are left out when no page is left to copy them to.
         """
-        match = self.lookup(token_ids, limit, known_keys)
+        match = self.lookup(token_ids, limit, known_keys, root)
         self._clock += 1
-        held = HeldPages(pages=list(match.pages), keys=list(match.keys), n_tokens=len(match.pages) * self.page_size)
+        held = HeldPages(
+            root=self.root_key if root is None else root,
+            pages=list(match.pages),
+            keys=list(match.keys),
+            n_tokens=len(match.pages) * self.page_size,
+        )
         for index in match.pages:
             self._add_holder(self.pages[index])
         self._holds[id(held)] = held
@@ -210,7 +225,7 @@ class PageTable:
             page = self.pages[held.pages[place]]
             rows = token_ids[done : done + self.page_size - row]
             if row == 0:
-                self._enter(page, held.keys[-1] if held.keys else self.root_key, rows)
+                self._enter(page, held.keys[-1] if held.keys else held.root, rows, held.root)
             else:
                 page.token_ids.extend(rows)
             done += len(rows)
@@ -270,7 +285,7 @@ class PageTable:
         target = None if continues else self._take(avoid=source)
         if target is not None:
             target.n_holders = 1
-            self._enter(target, source.parent_key, source.token_ids[:n_rows])
+            self._enter(target, source.parent_key, source.token_ids[:n_rows], held.root)
             held.copy = PageCopy(source.index, target.index, n_rows)
             if source.n_holders == 0:
                 self._touch(source)
@@ -330,12 +345,13 @@ class PageTable:
             self._evictable = [(page.last_used, page.index) for page in self.pages if self._is_evictable(page)]
             heapq.heapify(self._evictable)
 
-    def _enter(self, page: Page, parent_key: bytes, token_ids: Seq[int]) -> None:
-        """Hang a blank page that has just got its first tokens into the tree."""
+    def _enter(self, page: Page, parent_key: bytes, token_ids: Seq[int], root: bytes) -> None:
+        """Hang a blank page that has just got its first tokens into the tree of `root`."""
         page.parent_key = parent_key
+        page.root = root
         page.token_ids = list(token_ids)
         self._siblings.setdefault((parent_key, page.token_ids[0]), []).append(page.index)
-        if parent_key != self.root_key:
+        if parent_key != root:
             self.pages[self._by_key[parent_key]].n_children += 1
 
     def _complete(self, held: HeldPages, place: int, page: Page) -> None:
@@ -364,11 +380,11 @@ class PageTable:
         if not siblings:
             del self._siblings[page.parent_key, page.token_ids[0]]
         self._drop_key(page)
-        if page.parent_key != self.root_key:
+        if page.parent_key != page.root:
             parent = self.pages[self._by_key[page.parent_key]]
             parent.n_children -= 1
             self._offer(parent)
-        page.parent_key = b""
+        page.parent_key = page.root = b""
         page.token_ids = []
 
     def _drop_key(self, page: Page) -> None:

@@ -77,8 +77,11 @@ def _tree_faults(table: PageTable) -> list[str]:
             faults.append(f"{name} has a key but is not full")
         if page.key is not None and page.key != table.page_key(page.parent_key, page.token_ids):
             faults.append(f"{name} has a key that does not follow from its tokens")
-        if page.token_ids and page.parent_key != table.root_key and page.parent_key not in by_own_key:
+        parent = by_own_key.get(page.parent_key)
+        if page.token_ids and page.parent_key != page.root and parent is None:
             faults.append(f"{name} has lost its parent")
+        if parent is not None and parent.root != page.root:
+            faults.append(f"{name} hangs below a page of another root")
         expected = children[page.key] if page.key is not None else 0
         if page.n_children != expected:
             faults.append(f"{name} counts {page.n_children} children, there are {expected}")
@@ -109,7 +112,7 @@ def _hold_faults(table: PageTable) -> list[str]:
         if len(held.pages) < table.pages_for(held.n_tokens):
             faults.append(f"a sequence holds {len(held.pages)} pages for {held.n_tokens} tokens")
             continue
-        parent_key = table.root_key
+        parent_key = held.root
         for place, index in enumerate(held.pages):
             page = table.pages[index]
             n_rows = min(max(held.n_tokens - place * table.page_size, 0), table.page_size)
@@ -131,6 +134,8 @@ def _held_page_faults(page: Page, held: HeldPages, n_rows: int, parent_key: byte
         )
     if n_rows and page.parent_key != parent_key:
         faults.append(f"page {page.index} hangs below another page than its sequence says")
+    if n_rows and page.root != held.root:
+        faults.append(f"page {page.index} hangs below another root than its sequence says")
     if page.key is None and page.n_holders > 1:
         faults.append(f"page {page.index} is shared while it is being filled")
     return faults

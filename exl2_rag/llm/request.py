@@ -26,11 +26,14 @@ class GenerationRequest:
         token_ids: the prompt, at least one token.
         sampling: how to continue it.
         constraint: what the continuation must obey, or None.
+        cache_salt: the tenant. Requests share cached pages with those of the same salt only, and None is a tenant of
+            its own; so nobody can tell by the time to the first token what another tenant has asked.
     """
 
     token_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     constraint: Constraint | None = None
+    cache_salt: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,8 @@ class RequestOptions(TypedDict, total=False):
 
     Attributes:
         constraint: what the continuation must obey.
+        cache_salt: the tenant, see `GenerationRequest`.
     """
 
     constraint: Constraint | None
+    cache_salt: str | None

@@ -169,7 +169,9 @@ class Scheduler:
                 continue
             self.waiting.remove(sequence)
             sequence.state = State.RUNNING
-            sequence.held = held = self.table.hold(sequence.token_ids, sequence.reuse_limit, sequence.page_keys)
+            sequence.held = held = self.table.hold(
+                sequence.token_ids, sequence.reuse_limit, sequence.page_keys, sequence.cache_root
+            )
             sequence.mark_admitted(min(held.n_tokens, sequence.n_prompt))
             if held.copy is not None:
                 plan.copies.append(held.copy)
@@ -178,11 +180,15 @@ class Scheduler:
 
     def _waits_for_prefix(self, sequence: Sequence) -> bool:
         """Whether a running prompt is about to give this one a longer prefix than the cache has now."""
-        computing = [one for one in self.running if not one.is_decoding and one.n_pending]
+        computing = [
+            one
+            for one in self.running
+            if not one.is_decoding and one.n_pending and one.cache_root == sequence.cache_root
+        ]
         if not computing:
             return False
         limit = sequence.reuse_limit
-        cached = self.table.lookup(sequence.token_ids, limit, sequence.page_keys).n_tokens
+        cached = self.table.lookup(sequence.token_ids, limit, sequence.page_keys, sequence.cache_root).n_tokens
         worth = cached + min(WORTH_WAITING_TOKENS, self.table.page_size)
         return any(
             one.n_computed < (shared := min(common_prefix(one.token_ids, sequence.token_ids), limit))
@@ -192,7 +198,7 @@ class Scheduler:
 
     def _fits(self, sequence: Sequence) -> bool:
         """Whether its tokens so far find room beside what the running sequences will still take for theirs."""
-        match = self.table.lookup(sequence.token_ids, sequence.reuse_limit, sequence.page_keys)
+        match = self.table.lookup(sequence.token_ids, sequence.reuse_limit, sequence.page_keys, sequence.cache_root)
         needed = self.table.pages_for(len(sequence.token_ids)) - len(match.pages) + match.n_unheld
         for one in self.running:
             assert one.held is not None

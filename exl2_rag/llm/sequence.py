@@ -53,6 +53,8 @@ class Sequence:
         matcher: the state of its constraint, or None.
         evaluation: logits that are wanted, or None.
         keep_pages: the pages are pinned when the prompt is computed, instead of let go.
+        cache_root: what its pages hang below (`fingerprint.root_key`); only sequences of one root share pages. None is
+            the page table's own root.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Sequence:
         matcher: ConstraintMatcher | None = None,
         evaluation: Evaluation | None = None,
         keep_pages: bool = False,
+        cache_root: bytes | None = None,
     ) -> None:
         self.token_ids = list(token_ids)
         self.n_prompt = len(token_ids)
@@ -78,6 +81,7 @@ class Sequence:
         self.matcher = matcher
         self.evaluation = evaluation
         self.keep_pages = keep_pages
+        self.cache_root = cache_root
 
         self.state = State.WAITING
         self.arrival = -1  # place in the order of arrival, given by the scheduler

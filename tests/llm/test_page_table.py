@@ -172,9 +172,19 @@ def test_pinned_pages_are_never_evicted(memory: PageMemory) -> None:
     assert cached(memory, "the cat sat") == 0
 
 
-def test_another_fingerprint_has_other_keys() -> None:
-    one, other = PageTable(4, 4, b"model one"), PageTable(4, 4, b"model two")
-    assert one.page_key(one.root_key, [1, 2, 3, 4]) != other.page_key(other.root_key, [1, 2, 3, 4])
+def test_sequences_of_different_roots_share_nothing() -> None:
+    memory = PageMemory(PageTable(n_pages=20, page_size=4))
+    text = ids("the cat sat")
+    for root in (b"a" * 32, b"b" * 32, None):
+        held = memory.hold(text, limit=11, root=root)
+        assert held.n_tokens == 0
+        memory.compute(held, text)
+        memory.check()
+    assert memory.table.counts().running == 9
+    again = memory.hold(text, limit=11, root=b"a" * 32)
+    assert again.n_tokens == 11
+    memory.release(again)
+    assert memory.table.lookup(text, 11, root=b"c" * 32).n_tokens == 0
 
 
 def test_token_ids_are_compared_on_a_hit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,17 +243,19 @@ def test_common_prefix_counts_leading_tokens_that_agree() -> None:
 
 def test_ten_thousand_random_operations_leave_the_table_sound_after_each() -> None:
     rng = random.Random(1)
-    memory = PageMemory(PageTable(n_pages=24, page_size=4, fingerprint=b"random"))
+    memory = PageMemory(PageTable(n_pages=24, page_size=4, root_key=b"random" * 6))
     prompts = [[rng.choice((1, 2)) for _ in range(40)] for _ in range(6)]
+    roots = [None, b"one tenant" * 4, b"another tenant" * 4]
     running: list[tuple[HeldPages, list[int]]] = []
     n_reused = n_pinned = 0
     for _ in range(10_000):
         action = rng.random()
         if action < 0.3 and len(running) < 5:
             prompt = rng.choice(prompts)[: rng.randrange(1, 40)] + [rng.choice((1, 2)) for _ in range(rng.randrange(5))]
-            expected = memory.longest_cached(prompt, len(prompt) - 1)
-            assert memory.table.lookup(prompt, len(prompt) - 1).n_tokens == expected
-            held = memory.hold(prompt, limit=len(prompt) - 1)
+            root = rng.choice(roots)
+            expected = memory.longest_cached(prompt, len(prompt) - 1, root)
+            assert memory.table.lookup(prompt, len(prompt) - 1, root=root).n_tokens == expected
+            held = memory.hold(prompt, limit=len(prompt) - 1, root=root)
             n_reused += held.n_tokens > 0
             running.append((held, prompt))
         elif running:
@@ -296,6 +308,10 @@ def plant_page_twice_free(table: PageTable) -> None:
 
 def plant_lost_page(table: PageTable) -> None:
     table._free.pop()
+
+
+def plant_wrong_root(table: PageTable) -> None:
+    table.pages[1].root = b"another"
 
 
 def plant_wrong_child_count(table: PageTable) -> None:
@@ -373,6 +389,8 @@ def plant_overfull_page(table: PageTable) -> None:
         (plant_page_free_and_in_use, "is free and in use"),
         (plant_page_twice_free, "times in the free list"),
         (plant_lost_page, "not in the free list"),
+        (plant_wrong_root, "hangs below another root"),
+        (plant_wrong_root, "hangs below a page of another root"),
         (plant_wrong_child_count, "counts 0 children"),
         (plant_lost_parent, "has lost its parent"),
         (plant_missing_key, "is full but has no key"),

@@ -8,6 +8,7 @@ from exl2_rag.llm.page_table import HeldPages, PageTable
 from tests.support.page_memory import PageMemory
 
 TOKENS = st.lists(st.sampled_from([1, 2]), min_size=1, max_size=14)
+ROOTS = st.sampled_from([None, b"tenant"])
 
 
 class Running:
@@ -25,13 +26,13 @@ class PageTableMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.memory = PageMemory(PageTable(n_pages=7, page_size=3, fingerprint=b"machine"))
+        self.memory = PageMemory(PageTable(n_pages=7, page_size=3, root_key=b"machine"))
         self.running: list[Running] = []
 
-    @rule(target=sequences, token_ids=TOKENS)
-    def start(self, token_ids: list[int]) -> Running:
-        expected = self.memory.longest_cached(token_ids, len(token_ids) - 1)
-        held = self.memory.hold(token_ids, limit=len(token_ids) - 1)
+    @rule(target=sequences, token_ids=TOKENS, root=ROOTS)
+    def start(self, token_ids: list[int], root: bytes | None) -> Running:
+        expected = self.memory.longest_cached(token_ids, len(token_ids) - 1, root)
+        held = self.memory.hold(token_ids, limit=len(token_ids) - 1, root=root)
         full = expected // 3 * 3
         assert held.n_tokens in (full, expected)  # the copied rows may be left out only for want of a page
         if held.n_tokens < expected:

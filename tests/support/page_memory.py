@@ -14,8 +14,8 @@ class PageMemory:
         self.table = table
         self.rows = [[-1] * table.page_size for _ in range(table.n_pages)]
 
-    def hold(self, token_ids: list[int], *, limit: int) -> HeldPages:
-        held = self.table.hold(token_ids, limit)
+    def hold(self, token_ids: list[int], *, limit: int, root: bytes | None = None) -> HeldPages:
+        held = self.table.hold(token_ids, limit, root=root)
         if held.copy is not None:
             source, target, n_rows = held.copy.source, held.copy.target, held.copy.n_rows
             self.rows[target][:n_rows] = self.rows[source][:n_rows]
@@ -45,10 +45,10 @@ class PageMemory:
         read = [row for index in held.pages for row in self.rows[index]]
         assert read[: held.n_tokens] == token_ids[: held.n_tokens]
 
-    def longest_cached(self, token_ids: list[int], limit: int) -> int:
-        """Tokens that could be reused at best, found by looking at every page and ignoring keys."""
+    def longest_cached(self, token_ids: list[int], limit: int, root: bytes | None = None) -> int:
+        """Tokens that could be reused at best below `root`, found by looking at every page and ignoring keys."""
         best = 0
-        texts = self._texts()
+        texts = self._texts(self.table.root_key if root is None else root)
         for text in texts:
             n_equal = 0
             while n_equal < min(len(text), limit) and text[n_equal] == token_ids[n_equal]:
@@ -56,14 +56,16 @@ class PageMemory:
             best = max(best, n_equal)
         return best
 
-    def _texts(self) -> list[list[int]]:
+    def _texts(self, root: bytes) -> list[list[int]]:
         """The whole text up to the end of each page that holds tokens."""
         by_key = {page.key: page for page in self.table.pages if page.key is not None}
         texts = []
         for page in self.table.pages:
+            if page.root != root:
+                continue
             text = list(page.token_ids)
             parent_key = page.parent_key
-            while text and parent_key != self.table.root_key:
+            while text and parent_key != root:
                 parent = by_key[parent_key]
                 text = parent.token_ids + text
                 parent_key = parent.parent_key
