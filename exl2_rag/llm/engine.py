@@ -341,14 +341,16 @@ class Engine:
     def _piece(self, sequence: Sequence) -> StreamPiece | None:
         """What has not been handed out yet; None if nothing can be."""
         is_last = sequence.finish_reason is not None
-        text = ""
+        text, n_tokens = "", sequence.n_new
         if sequence.output is not None:
             if is_last:
                 sequence.output.finish()
             text = sequence.output.take()
+            if not is_last:  # a token goes out with its text
+                n_tokens = sequence.output.n_tokens_taken
         if not (text or is_last):
             return None
-        token_ids = tuple(sequence.token_ids[sequence.n_prompt + sequence.n_handed_out :])
+        token_ids = tuple(sequence.token_ids[sequence.n_prompt + sequence.n_handed_out : sequence.n_prompt + n_tokens])
         sequence.n_handed_out += len(token_ids)
         if not is_last:
             return StreamPiece(text, token_ids)

@@ -5,7 +5,9 @@ Knows no tensors and no vocabulary; turning ids into characters is the decoder's
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 
@@ -19,6 +21,22 @@ class TokenDecoder(Protocol):
     def flush(self) -> str:
         """What is left of an incomplete character at the end."""
         ...
+
+    def state(self) -> object:
+        """Where it is, for `restore`."""
+        ...
+
+    def restore(self, state: object) -> None:
+        """Go back to where it was when `state` was asked for."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """Where a token's text begins, counted in characters from the start, and the decoder's state before it."""
+
+    start: int
+    state: object
 
 
 class OutputText:
@@ -34,23 +52,48 @@ class OutputText:
         self._stop = tuple(stop)
         self._pending = ""  # decoded, but not handed out yet
         self._releasable = 0  # leading characters of it that can be part of no stop string
+        self._n_taken = 0  # characters handed out
+        self._marks: deque[_Mark] = deque()  # of the tokens of which nothing has been handed out
+        self.n_tokens_taken = 0  # tokens of whose text some has been handed out, and those before them
         self.stopped = False
 
     def push(self, token_id: int) -> bool:
         """Add a token; return whether a stop string is complete, after which nothing more is taken."""
+        self._marks.append(_Mark(self._n_taken + len(self._pending), self._decoder.state()))
         return self._append(self._decoder.push(token_id))
 
     def take(self) -> str:
         """The text that is safe to hand out since the last call."""
         text, self._pending = self._pending[: self._releasable], self._pending[self._releasable :]
         self._releasable = 0
+        self._n_taken += len(text)
+        # Once the text has ended nothing can be taken back, for what was held for another stop string is out now.
+        while self._marks and (self.stopped or self._marks[0].start < self._n_taken):
+            self._marks.popleft()
+            self.n_tokens_taken += 1
         return text
+
+    def roll_back(self, n_tokens: int) -> None:
+        """Undo the last `n_tokens` calls of `push`, all made since the last `take`.
+
+        What was held back before them may have been handed out because of them, so older ones cannot be undone.
+        """
+        if not 0 <= n_tokens <= len(self._marks):
+            raise ValueError(f"expected from 0 to {len(self._marks)} tokens to take back, got {n_tokens}")
+        if n_tokens == 0:
+            return
+        mark = self._marks[-n_tokens]
+        for _ in range(n_tokens):
+            self._marks.pop()
+        self._decoder.restore(mark.state)
+        self._pending = self._pending[: mark.start - self._n_taken]
+        self._releasable = len(self._pending) - self._held_back()
+        self.stopped = False
 
     def finish(self) -> None:
         """No more tokens come: what was held back is text after all."""
-        if not self.stopped:
-            self._append(self._decoder.flush())
-        self._releasable = len(self._pending)
+        if not self.stopped and not self._append(self._decoder.flush()):
+            self._releasable = len(self._pending)
 
     def _append(self, text: str) -> bool:
         assert not self.stopped, "text after a stop string"
@@ -60,8 +103,7 @@ class OutputText:
         # The string that begins first ends the text; of two that begin together, the one that is complete first.
         begins = [place for place in map(self._pending.find, self._stop) if place >= 0]
         if begins:
-            self._pending = self._pending[: min(begins)]
-            self._releasable = len(self._pending)
+            self._releasable = min(begins)
             self.stopped = True
             return True
         self._releasable = len(self._pending) - self._held_back()

@@ -201,7 +201,7 @@ class PageTable:
             self._add_holder(self.pages[index])
         self._holds[id(held)] = held
         if match.source is not None:
-            self._hold_rows(held, self.pages[match.source], match.n_rows)
+            held.copy = self._hold_rows(held, self.pages[match.source], match.n_rows)
         return held
 
     def extend(self, held: HeldPages, n_tokens: int) -> int:
@@ -236,18 +236,32 @@ class PageTable:
     def release(self, held: HeldPages) -> None:
         """Let go of the pages. Those with tokens stay cached until their place is needed."""
         del self._holds[id(held)]
-        self._clock += 1
-        for index in held.pages:
-            page = self.pages[index]
-            page.n_holders -= 1
-            if page.n_holders:
-                continue
-            if page.token_ids:
-                self._n_cached += 1
-                self._touch(page)
-            else:
-                self._free.append(index)
-        held.pages, held.keys, held.n_tokens, held.pinned = [], [], 0, False
+        self._let_go(held, 0)
+        held.keys, held.n_tokens, held.pinned = [], 0, False
+
+    def truncate(self, held: HeldPages, n_tokens: int) -> PageCopy | None:
+        """Give up all tokens after the first `n_tokens`, and the pages that then hold none.
+
+        Full pages stay in the tree for whoever needs them; rows that are still wanted of one are copied. The page that
+        was being filled is cut. Rows that were written beyond `held.n_tokens` but never committed need nothing.
+
+        Returns:
+            Rows to copy before the next forward pass, in the order of the calls, or None. `held.n_tokens` is less than
+            `n_tokens` if no page was left to copy them to; then they must be computed again.
+        """
+        if not 0 <= n_tokens <= held.n_tokens:
+            raise ValueError(f"expected a number of tokens from 0 to {held.n_tokens} to keep, got {n_tokens}")
+        n_full, n_rows = divmod(n_tokens, self.page_size)
+        last = self.pages[held.pages[n_full]] if n_rows else None
+        if last is not None and last.key is None:
+            del last.token_ids[n_rows:]
+            self._let_go(held, n_full + 1)
+            held.n_tokens = n_tokens
+            return None
+        self._let_go(held, n_full)
+        del held.keys[n_full:]
+        held.n_tokens = n_full * self.page_size
+        return None if last is None else self._hold_rows(held, last, n_rows)
 
     def counts(self) -> PageCounts:
         """Pages by state."""
@@ -280,13 +294,30 @@ class PageTable:
                 best, n_best, spares_copy = index, n_rows, can_continue
         return best, n_best
 
-    def _hold_rows(self, held: HeldPages, source: Page, n_rows: int) -> None:
+    def _let_go(self, held: HeldPages, n_kept: int) -> None:
+        """Take the pages after the first `n_kept` from their holder."""
+        self._clock += 1
+        for index in held.pages[n_kept:]:
+            page = self.pages[index]
+            page.n_holders -= 1
+            if page.n_holders:
+                continue
+            if page.token_ids:
+                self._n_cached += 1
+                self._touch(page)
+            else:
+                self._free.append(index)
+        del held.pages[n_kept:]
+
+    def _hold_rows(self, held: HeldPages, source: Page, n_rows: int) -> PageCopy | None:
+        """Add a page with the first `n_rows` rows of `source`, if one can be had; return the rows to copy, if any."""
+        copy: PageCopy | None = None
         continues = source.n_holders == 0 and source.key is None and len(source.token_ids) == n_rows
         target = None if continues else self._take(avoid=source)
         if target is not None:
             target.n_holders = 1
             self._enter(target, source.parent_key, source.token_ids[:n_rows], held.root)
-            held.copy = PageCopy(source.index, target.index, n_rows)
+            copy = PageCopy(source.index, target.index, n_rows)
             if source.n_holders == 0:
                 self._touch(source)
         elif continues or (source.n_holders == 0 and source.n_children == 0):
@@ -296,9 +327,10 @@ class PageTable:
             self._add_holder(source)
             target = source
         else:
-            return
+            return None
         held.pages.append(target.index)
         held.n_tokens += n_rows
+        return copy
 
     def _take(self, avoid: Page | None = None) -> Page | None:
         """A blank page, evicting a cached one if need be; None when all others are held (or it is `avoid`)."""

@@ -61,6 +61,7 @@ class Scheduler:
         self.n_preemptions = 0
         self._config = config
         self._n_arrivals = 0
+        self._copies: list[PageCopy] = []  # for the next step, of sequences that gave up tokens
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new request."""
@@ -101,9 +102,23 @@ class Scheduler:
             sequence.held = None
         self.waiting, self.running, self.pinned = [], [], []
 
+    def forget_rows(self, sequence: Sequence) -> None:
+        """Let go of the pages of tokens that a sequence has given up; see `Sequence.roll_back`.
+
+        Its last token is to be computed again, for the logits after it.
+        """
+        n_kept = len(sequence.token_ids) - 1
+        del sequence.page_keys[len(sequence.token_ids) // self.table.page_size :]
+        if sequence.held is None or sequence.held.n_tokens <= n_kept:
+            return
+        copy = self.table.truncate(sequence.held, n_kept)
+        if copy is not None:
+            self._copies.append(copy)
+
     def plan(self) -> StepPlan:
         """Decide the next step. Takes pages, and preempts where none is left."""
-        plan = StepPlan()
+        plan = StepPlan(copies=self._copies)
+        self._copies = []
         budget = self._config.max_batched_tokens
         for sequence in [one for one in self.running if one.is_decoding]:
             budget -= self._plan_slice(plan, sequence, min(sequence.n_pending, budget))

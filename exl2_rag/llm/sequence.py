@@ -116,6 +116,21 @@ class Sequence:
         last = len(self.token_ids) - 1
         return last if self.evaluation is None else min(last, self.evaluation.first_row)
 
+    def roll_back(self, n_tokens: int) -> None:
+        """Give up the last `n_tokens` new tokens, of which nothing has been handed out: their text and what they meant
+        to the constraint. What lies on its pages is the scheduler's business.
+        """
+        if not 0 <= n_tokens <= self.n_new - self.n_handed_out:
+            raise ValueError(f"expected from 0 to {self.n_new - self.n_handed_out} tokens to give up, got {n_tokens}")
+        # A token that ends the text is no part of it, and is never the constraint's business.
+        n_text_tokens = n_tokens - (n_tokens > 0 and self.token_ids[-1] in self.stop_token_ids)
+        if self.output is not None:
+            self.output.roll_back(n_text_tokens)
+        if self.matcher is not None:
+            self.matcher.rollback(n_text_tokens)
+        del self.token_ids[len(self.token_ids) - n_tokens :]
+        self.finish_reason = None
+
     def mark_admitted(self, n_cached: int) -> None:
         """Note what the cache gave, the first time only: what a preempted sequence finds again was its own."""
         if self.n_cached_tokens is None:

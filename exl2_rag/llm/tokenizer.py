@@ -18,7 +18,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from exl2_rag.errors import RequestError, TokenizerError
 from exl2_rag.llm.token_bytes import TokenBytes
@@ -270,6 +270,15 @@ class IncrementalDecoder:
     def flush(self) -> str:
         """Ends the text: an incomplete character, if one is left, becomes U+FFFD."""
         return self._utf8.decode(b"", final=True)
+
+    def state(self) -> object:
+        """Where it is, for `restore`."""
+        return self._utf8.getstate(), self._at_head, self._first
+
+    def restore(self, state: object) -> None:
+        """Go back to where it was when `state` was asked for."""
+        utf8, self._at_head, self._first = cast(tuple[tuple[bytes, int], bool, bool], state)
+        self._utf8.setstate(utf8)
 
 
 def _is_markup(token: dict[str, Any]) -> bool:

@@ -20,6 +20,12 @@ class Words:
     def flush(self) -> str:
         return self.rest
 
+    def state(self) -> object:
+        return None
+
+    def restore(self, state: object) -> None:
+        pass
+
 
 def run(texts: list[str], stop: tuple[str, ...], rest: str = "") -> tuple[list[str], bool]:
     """The pieces handed out after each token, and whether a stop string ended it."""
@@ -86,3 +92,64 @@ def test_any_cutting_into_tokens_gives_the_text_before_the_first_stop_string(see
             assert ("".join(pieces), has_stopped) == (text[:begin], True)
         for n in range(len(pieces)):
             assert not any(one in "".join(pieces[: n + 1]) for one in stop)
+
+
+def test_a_token_goes_out_with_its_text() -> None:
+    output = OutputText(Words(["one", "", " E", "N", "ough", ""]), ("END",))
+    counts = []
+    for token_id in range(6):
+        output.push(token_id)
+        output.take()
+        counts.append(output.n_tokens_taken)
+    assert counts == [1, 1, 3, 3, 5, 5]
+
+
+def test_tokens_that_were_taken_back_leave_no_trace() -> None:
+    output = OutputText(Words(["one", " E", "N", "D", "d"]), ("END",))
+    for token_id in (0, 1, 2, 3):
+        stopped = output.push(token_id)
+    assert stopped
+    output.roll_back(2)
+    assert not output.stopped
+    assert output.take() == "one "
+    assert not output.push(4)
+    assert output.take() == "Ed"
+
+
+def test_text_that_was_handed_out_cannot_be_taken_back() -> None:
+    output = OutputText(Words(["one", " E", "N"]), ("END",))
+    for token_id in (0, 1, 2):
+        output.push(token_id)
+    assert output.take() == "one "
+    output.roll_back(1)
+    with pytest.raises(ValueError, match="from 0 to 0 tokens"):
+        output.roll_back(1)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_taking_back_and_going_on_is_as_never_having_gone_there(seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(100):
+        texts = ["".join(rng.choices("ab", k=rng.randrange(4))) for _ in range(30)]
+        stop = ("abba", "bbb")
+        output, right = OutputText(Words(texts), stop), []
+        handed_out, n_since = "", 0
+        while len(right) < 10 and not output.stopped:
+            right.append(rng.randrange(30))
+            output.push(right[-1])
+            n_since += 1
+            if rng.random() < 0.3:
+                handed_out += output.take()
+                n_since = 0
+            n_back = rng.randrange(n_since + 1)
+            output.roll_back(n_back)
+            del right[len(right) - n_back :]
+            n_since -= n_back
+        output.finish()
+        handed_out += output.take()
+        straight = OutputText(Words(texts), stop)
+        assert not any(straight.push(token_id) for token_id in right[:-1])
+        if right:
+            assert straight.push(right[-1]) == output.stopped
+        straight.finish()
+        assert handed_out == straight.take()

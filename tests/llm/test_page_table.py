@@ -187,6 +187,59 @@ def test_sequences_of_different_roots_share_nothing() -> None:
     assert memory.table.lookup(text, 11, root=b"c" * 32).n_tokens == 0
 
 
+def test_the_page_being_filled_is_cut_and_the_pages_after_the_cut_are_given_back(memory: PageMemory) -> None:
+    held = fill(memory, "the cat sat")
+    memory.table.extend(held, 20)
+    memory.truncate(held, 10)
+    assert held.n_tokens == 10
+    assert len(held.pages) == 3
+    assert cached(memory, "the cat sat") == 10
+    assert memory.table.counts().free == 5
+    memory.check()
+    assert memory.compute(held, ids("the cat sang")) == 12
+    memory.check_content(held, ids("the cat sang"))
+
+
+def test_a_full_page_that_is_cut_into_stays_for_others_and_its_rows_are_copied(memory: PageMemory) -> None:
+    first, second = fill(memory, "the cat sat on"), fill(memory, "the cat sat up")
+    for held, text in ((first, "the coat"), (second, "the chat")):
+        memory.truncate(held, 5)
+        assert held.n_tokens == 5
+        memory.check()
+        memory.compute(held, ids(text))
+        memory.check_content(held, ids(text))
+    assert cached(memory, "the cat sat on") == 14
+    assert cached(memory, "the cat sat up") == 14
+    memory.check()
+
+
+def test_a_cut_between_pages_copies_nothing(memory: PageMemory) -> None:
+    held = fill(memory, "the cat sat")
+    assert memory.table.truncate(held, 8) is None
+    assert (held.n_tokens, len(held.pages), len(held.keys)) == (8, 2, 2)
+    assert cached(memory, "the cat sat") == 11
+    assert memory.table.truncate(held, 0) is None
+    assert (held.n_tokens, held.pages, held.keys) == (0, [], [])
+    memory.check()
+
+
+def test_rows_of_a_cut_page_are_given_up_when_no_page_is_left_to_copy_them_to() -> None:
+    memory = PageMemory(PageTable(n_pages=3, page_size=4))
+    held, other = fill(memory, "the cat "), fill(memory, "the cat on")
+    assert memory.table.n_available == 0
+    memory.truncate(held, 6)
+    assert held.n_tokens == 4
+    memory.check()
+    memory.check_content(other, ids("the cat on"))
+
+
+@pytest.mark.parametrize("n_tokens", [-1, 12])
+def test_more_tokens_than_there_are_cannot_be_kept(memory: PageMemory, n_tokens: int) -> None:
+    held = fill(memory, "the cat sat")
+    with pytest.raises(ValueError, match="from 0 to 11"):
+        memory.table.truncate(held, n_tokens)
+
+
 def test_token_ids_are_compared_on_a_hit(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = PageMemory(PageTable(n_pages=8, page_size=4))
     monkeypatch.setattr(memory.table, "page_key", lambda parent_key, token_ids: b"always the same")
@@ -247,7 +300,7 @@ def test_ten_thousand_random_operations_leave_the_table_sound_after_each() -> No
     prompts = [[rng.choice((1, 2)) for _ in range(40)] for _ in range(6)]
     roots = [None, b"one tenant" * 4, b"another tenant" * 4]
     running: list[tuple[HeldPages, list[int]]] = []
-    n_reused = n_pinned = 0
+    n_reused = n_pinned = n_cut = 0
     for _ in range(10_000):
         action = rng.random()
         if action < 0.3 and len(running) < 5:
@@ -260,7 +313,12 @@ def test_ten_thousand_random_operations_leave_the_table_sound_after_each() -> No
             running.append((held, prompt))
         elif running:
             held, tokens = running[rng.randrange(len(running))]
-            if action < 0.75 and not held.pinned:
+            if action < 0.4 and not held.pinned:
+                n_kept = rng.randrange(held.n_tokens + 1)
+                memory.truncate(held, n_kept)
+                del tokens[max(n_kept, 1) :]
+                n_cut += 1
+            elif action < 0.75 and not held.pinned:
                 while len(tokens) < held.n_tokens + rng.randrange(1, 10):
                     tokens.append(rng.choice((1, 2)))
                 memory.compute(held, tokens)
@@ -275,6 +333,7 @@ def test_ten_thousand_random_operations_leave_the_table_sound_after_each() -> No
             memory.check_content(held, tokens)
     assert n_reused > 500
     assert n_pinned > 100
+    assert n_cut > 500
     assert memory.table.n_evicted > 1000
     for held, _ in running:
         memory.release(held)

@@ -51,6 +51,17 @@ class PageTableMachine(RuleBasedStateMachine):
         n_fitting = self.memory.compute(sequence.held, sequence.token_ids)
         assert n_fitting == min(len(sequence.token_ids), max((before + room) * 3, sequence.held.n_tokens))
 
+    @rule(sequence=sequences, share=st.floats(0, 1))
+    def go_back(self, sequence: Running, share: float) -> None:
+        if sequence.held.pinned:
+            return
+        wanted = int(share * sequence.held.n_tokens)
+        self.memory.truncate(sequence.held, wanted)
+        assert sequence.held.n_tokens in (wanted, wanted // 3 * 3)
+        if sequence.held.n_tokens < wanted:  # only for want of a page
+            assert self.memory.table.n_available == 0 or len(sequence.held.pages) == wanted // 3
+        del sequence.token_ids[max(wanted, 1) :]
+
     @rule(sequence=sequences)
     def pin(self, sequence: Running) -> None:
         sequence.held.pinned = not sequence.held.pinned

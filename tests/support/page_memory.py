@@ -5,7 +5,7 @@ Lets a test see that the rows a sequence reads are its own tokens, after sharing
 
 from __future__ import annotations
 
-from exl2_rag.llm.page_table import HeldPages, PageTable
+from exl2_rag.llm.page_table import HeldPages, PageCopy, PageTable
 from exl2_rag.llm.page_table_check import check_integrity
 
 
@@ -16,10 +16,15 @@ class PageMemory:
 
     def hold(self, token_ids: list[int], *, limit: int, root: bytes | None = None) -> HeldPages:
         held = self.table.hold(token_ids, limit, root=root)
-        if held.copy is not None:
-            source, target, n_rows = held.copy.source, held.copy.target, held.copy.n_rows
-            self.rows[target][:n_rows] = self.rows[source][:n_rows]
+        self._carry_out(held.copy)
         return held
+
+    def truncate(self, held: HeldPages, n_tokens: int) -> None:
+        self._carry_out(self.table.truncate(held, n_tokens))
+
+    def _carry_out(self, copy: PageCopy | None) -> None:
+        if copy is not None:
+            self.rows[copy.target][: copy.n_rows] = self.rows[copy.source][: copy.n_rows]
 
     def compute(self, held: HeldPages, token_ids: list[int]) -> int:
         """Write and commit the missing rows of `token_ids`, as far as pages can be had; return how many fit."""

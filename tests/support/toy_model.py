@@ -87,6 +87,12 @@ class ToyDecoder:
     def flush(self) -> str:
         return ""
 
+    def state(self) -> object:
+        return None
+
+    def restore(self, state: object) -> None:
+        pass
+
 
 class ToyText:
     """Decoders and matchers for the toy vocabulary; a request's constraint makes its own matcher."""
