@@ -11,6 +11,7 @@ these; `assert` is only for what the package itself can get wrong.
      |   +- CheckpointError            a tensor file: missing, truncated, wrong shape, dtype or contents
      |   +- TokenizerError             tokenizer files missing or broken
      |   +- ChatTemplateError          no chat template, or one that does not render
+     |   +- LoraError                  a LoRA adapter that is not for the model, or not supported
      +- RequestError                   a prompt or its sampling parameters              (also ValueError)
      |   +- ContextOverflowError       prompt longer than the model's or the cache's limit
      |   +- ConstraintError            a schema, choice or quote that cannot be enforced
@@ -65,6 +66,10 @@ class TokenizerError(ModelError):
 
 class ChatTemplateError(ModelError):
     """The chat template is missing, does not compile or refuses the messages."""
+
+
+class LoraError(ModelError):
+    """A LoRA adapter is missing, broken, made for another model, or asks for something that is not supported."""
 
 
 class RequestError(Exl2RagError, ValueError):

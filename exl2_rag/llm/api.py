@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from exl2_rag.adapters.langchain import ChatExL2
     from exl2_rag.adapters.llama_index import ExL2 as LlamaIndexExL2
+    from exl2_rag.llm.lora.choice import Lora
+    from exl2_rag.llm.lora.shelf import LoraInfo
 
 Tools = Seq[dict[str, Any]]
 
@@ -97,6 +99,7 @@ class ExL2LLM:
         self.config: ModelConfig = loaded.config
         self._template = ChatTemplate.from_dir(self.model_dir)
         self._engine = loaded.engine
+        self._loras = loaded.loras
         self._thread = EngineThread(loaded.engine)
         self._finalizer = weakref.finalize(self, self._thread.close)
 
@@ -289,6 +292,33 @@ class ExL2LLM:
         """
         return encode_chat(self.tokenizer, self._template, messages, tools, add_generation_prompt, **variables)
 
+    # --- LoRA adapters ---------------------------------------------------------------------------------------------
+
+    def load_lora(self, path: str | Path, name: str | None = None) -> LoraInfo:
+        """Load a LoRA adapter, a folder as PEFT writes it; requests then name it with `lora=`.
+
+        Args:
+            name: default: that of the folder. Loading the same adapter again under its name changes nothing.
+
+        Raises:
+            LoraError: the folder cannot be used with this model, or the name is taken.
+            CheckpointError: its tensor file is damaged.
+        """
+        return self._loras.load(Path(path).expanduser(), name)
+
+    def unload_lora(self, name: str) -> None:
+        """Take an adapter away from later requests; those in progress keep it to their end.
+
+        Raises:
+            RequestError: there is none of that name.
+        """
+        self._loras.unload(name)
+
+    @property
+    def loras(self) -> tuple[LoraInfo, ...]:
+        """The loaded adapters."""
+        return self._loras.infos()
+
     # --- the cache -------------------------------------------------------------------------------------------------
 
     def warm(self, prompt: Prompt | Seq[Message], *, cache_salt: str | None = None) -> Usage:
@@ -311,11 +341,11 @@ class ExL2LLM:
 
     # --- evaluation ------------------------------------------------------------------------------------------------
 
-    def logits(self, token_ids: Seq[int]) -> Tensor:
+    def logits(self, token_ids: Seq[int], *, lora: Lora | None = None) -> Tensor:
         """Logits after each token: float32 [T, V], unnormalised, on the CPU. Every token is computed anew."""
-        return self._logits(tuple(token_ids), first_row=0)
+        return self._logits(tuple(token_ids), first_row=0, lora=lora)
 
-    def score(self, prompt: Prompt, continuation: Prompt) -> list[float]:
+    def score(self, prompt: Prompt, continuation: Prompt, *, lora: Lora | None = None) -> list[float]:
         """The natural logarithm of the probability of each token of `continuation` after `prompt`."""
         head = self._encode(prompt)
         tail = tuple(
@@ -323,7 +353,7 @@ class ExL2LLM:
         )
         if not tail:
             raise RequestError("expected a continuation of at least one token, got none")
-        rows = self._logits(head + tail, first_row=len(head) - 1)[:-1]
+        rows = self._logits(head + tail, first_row=len(head) - 1, lora=lora)[:-1]
         chosen = rows.double().log_softmax(dim=-1)
         return [float(chosen[place, token]) for place, token in enumerate(tail)]
 
@@ -394,12 +424,12 @@ class ExL2LLM:
     def _compute(self, sequence: Sequence) -> Usage:
         return _result(self._thread.run_together([sequence])[0]).usage
 
-    def _logits(self, token_ids: tuple[int, ...], *, first_row: int) -> Tensor:
+    def _logits(self, token_ids: tuple[int, ...], *, first_row: int, lora: Lora | None = None) -> Tensor:
         import torch
 
         slices: list[Tensor] = []
         evaluation = Evaluation(first_row, lambda _start, rows: slices.append(rows.cpu()))
-        self._compute(self._engine.prepare_prompt(token_ids, evaluation=evaluation))
+        self._compute(self._engine.prepare_prompt(token_ids, evaluation=evaluation, lora=lora))
         return torch.cat(slices)
 
     async def _gather(self, sequences: Iterable[Sequence]) -> list[GenerationResult]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from exl2_rag.errors import ContextOverflowError, EngineError, Exl2RagError, RequestError
 from exl2_rag.llm.engine_config import EngineConfig
 from exl2_rag.llm.fingerprint import CacheIdentity, root_key
+from exl2_rag.llm.lora.choice import Lora, LoraChoices, lora_choices, lora_identity
 from exl2_rag.llm.model_runner import ModelRunner
 from exl2_rag.llm.output_text import OutputText, TokenDecoder
 from exl2_rag.llm.page_table import PageTable
@@ -29,6 +30,7 @@ from exl2_rag.llm.sequence import Evaluation, Sequence
 
 if TYPE_CHECKING:
     from exl2_rag.llm.constraint import ConstraintMatcher
+    from exl2_rag.llm.lora.shelf import LoraSet
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,14 @@ class TextTools(Protocol):
         ...
 
 
+class Loras(Protocol):
+    """Where a request's LoRA adapters are found."""
+
+    def resolve(self, choices: LoraChoices) -> LoraSet:
+        """The adapters of these names. Raises RequestError if there is none of a name."""
+        ...
+
+
 class Engine:
     """Runs many requests over one model and one KV cache.
 
@@ -67,6 +77,7 @@ class Engine:
         vocab_size: V, the width of the logits; prompts must stay below.
         eos_token_ids: ids that end a text, unless a request says otherwise.
         identity: what the contents of the cache depend on beside the tokens. Needed where they outlive the process.
+        loras: the adapters that requests may name; None: there are none.
     """
 
     def __init__(
@@ -78,6 +89,7 @@ class Engine:
         vocab_size: int,
         eos_token_ids: Iterable[int] = (),
         identity: CacheIdentity | None = None,
+        loras: Loras | None = None,
     ) -> None:
         self.config = config
         self._runner = runner
@@ -86,6 +98,7 @@ class Engine:
         self._eos_token_ids = frozenset(eos_token_ids)
         self.identity = identity
         self._identity_digest = b"" if identity is None else identity.digest()
+        self._loras = loras
         self._scheduler = self._fresh_scheduler()
         self._n_prompt_tokens = 0
         self._n_cached_tokens = 0
@@ -104,7 +117,7 @@ class Engine:
 
         Raises:
             ContextOverflowError: the prompt leaves no room for a new token.
-            RequestError: the prompt is empty or holds ids outside the vocabulary.
+            RequestError: the prompt is empty or holds ids outside the vocabulary, or there is no such adapter.
             ConstraintError: the constraint cannot be enforced.
         """
         sampling = request.sampling
@@ -112,6 +125,7 @@ class Engine:
         self._check_prompt(request.token_ids, n_new=1)
         room = self.config.sequence_limit - len(request.token_ids)
         stop_ids = frozenset(sampling.stop_token_ids)
+        lora = self._lora_set(request.lora)
         # A constraint allows an end-of-sequence id only where its text is complete; nothing can follow it then.
         if request.constraint is not None or not sampling.ignore_eos:
             stop_ids |= self._eos_token_ids
@@ -123,7 +137,8 @@ class Engine:
             output=OutputText(self._text.decoder(request.token_ids), sampling.stop),
             stop_token_ids=stop_ids,
             matcher=self._text.matcher(request),
-            cache_root=self.cache_root(request.cache_salt),
+            cache_root=self.cache_root(request.cache_salt, lora_identity(lora)),
+            lora=lora,
         )
 
     def prepare_prompt(
@@ -133,6 +148,7 @@ class Engine:
         keep_pages: bool = False,
         evaluation: Evaluation | None = None,
         cache_salt: str | None = None,
+        lora: Lora | None = None,
     ) -> Sequence:
         """A sequence that only computes its prompt: to warm the cache, to pin it, or to read logits.
 
@@ -140,13 +156,15 @@ class Engine:
             ContextOverflowError, RequestError: as for `prepare`.
         """
         self._check_prompt(token_ids, n_new=0)
+        adapters = self._lora_set(lora)
         return Sequence(
             token_ids,
             max_new_tokens=0,
             sampling=SamplingParams(),
             evaluation=evaluation,
             keep_pages=keep_pages,
-            cache_root=self.cache_root(cache_salt),
+            cache_root=self.cache_root(cache_salt, lora_identity(adapters)),
+            lora=adapters,
         )
 
     def add(self, sequence: Sequence) -> None:
@@ -226,6 +244,14 @@ class Engine:
     def _fresh_scheduler(self) -> Scheduler:
         table = PageTable(self.config.n_pages, self.config.page_size, self.cache_root())
         return Scheduler(table, self.config)
+
+    def _lora_set(self, lora: Lora | None) -> LoraSet:
+        choices = lora_choices(lora)
+        if not choices:
+            return ()
+        if self._loras is None:
+            raise RequestError("this engine has no LoRA adapters; leave lora out")
+        return self._loras.resolve(choices)
 
     def _check_prompt(self, token_ids: tuple[int, ...], *, n_new: int) -> None:
         if not token_ids:

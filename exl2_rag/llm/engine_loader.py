@@ -33,6 +33,7 @@ from exl2_rag.llm.kernels import cuda_runtime
 from exl2_rag.llm.kernels.cuda_backend import Backend
 from exl2_rag.llm.kernels.ops import native_available, set_num_threads
 from exl2_rag.llm.kv_cache import KVCache
+from exl2_rag.llm.lora.shelf import LoraShelf
 from exl2_rag.llm.model_runner import ModelRunner
 from exl2_rag.llm.models.cuda_decoder import load_cuda_model
 from exl2_rag.llm.models.registry import load_model
@@ -57,6 +58,7 @@ class LoadedModel:
     engine: Engine
     tokenizer: Tokenizer
     config: ModelConfig
+    loras: LoraShelf
 
 
 class TokenizerText:
@@ -106,6 +108,7 @@ def _load(model_dir: Path, options: EngineOptions) -> LoadedModel:
     device = torch.device(engine_config.device)
     with memory_errors(device):
         runner = _runner(model_dir, config, checkpoint, engine_config, backend)
+    loras = LoraShelf(config, device)
     engine = Engine(
         runner,
         engine_config,
@@ -113,8 +116,9 @@ def _load(model_dir: Path, options: EngineOptions) -> LoadedModel:
         vocab_size=config.vocab_size,
         eos_token_ids={*config.eos_token_ids, *tokenizer.eos_token_ids},
         identity=CacheIdentity.of(model_dir, config, engine_config),
+        loras=loras,
     )
-    return LoadedModel(engine, tokenizer, config)
+    return LoadedModel(engine, tokenizer, config, loras)
 
 
 def _give_back_freed_memory() -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from exl2_rag.llm.layers.lora import LoraRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,7 @@ class ForwardInputs:
         group_prefix_pages: [NG] int32: how many.
         lengths: `query_starts` and `context_lens` once more, for who must not wait for a card to know them; or None.
         logit_rows: [L] int64, the rows of which logits are wanted; None: of every row, in order.
+        token_lora, logit_lora: the LoRA adapters at work on the T rows and on the L rows; None without any.
     """
 
     token_ids: Tensor
@@ -54,6 +59,8 @@ class ForwardInputs:
     lengths: HostLengths | None = None
     group_starts: Tensor | None = None
     group_prefix_pages: Tensor | None = None
+    token_lora: LoraRows | None = None
+    logit_lora: LoraRows | None = None
 
     @staticmethod
     def single(token_ids: Tensor, *, start: int, pages: Tensor, page_size: int) -> ForwardInputs:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from exl2_rag.llm.forward_inputs import ForwardInputs
 from exl2_rag.llm.kv_cache import KVCache
+from exl2_rag.llm.lora.step import lora_rows
 from exl2_rag.llm.page_table import PageCopy
 from exl2_rag.llm.prefix_groups import PrefixGroups, group_by_prefix
 from exl2_rag.llm.scheduler import Slice
@@ -79,16 +80,18 @@ class ModelRunner:
         wanted = [wanted_rows(one) for one in slices]
         groups = self._shared_prefixes(slices)
         if groups is None:
-            logits = self._logits(self._arrays(slices, wanted))
+            logits = self._logits(slices, wanted, self._arrays(slices, wanted))
             return list(torch.split(logits, [len(rows) for rows in wanted]))
         # Sequences that share pages must be neighbours; their logits go back to where they were asked for.
-        arrays = self._arrays([slices[index] for index in groups.order], [wanted[index] for index in groups.order])
+        ordered, ordered_rows = [slices[index] for index in groups.order], [wanted[index] for index in groups.order]
+        arrays = self._arrays(ordered, ordered_rows)
         arrays = dataclasses.replace(
             arrays,
             group_starts=np.array(groups.starts, dtype=np.int32),
             group_prefix_pages=np.array(groups.prefix_pages, dtype=np.int32),
         )
-        parts = torch.split(self._logits(arrays), [len(wanted[index]) for index in groups.order])
+        logits = self._logits(ordered, ordered_rows, arrays)
+        parts = torch.split(logits, [len(rows) for rows in ordered_rows])
         place = {index: position for position, index in enumerate(groups.order)}
         return [parts[place[index]] for index in range(len(slices))]
 
@@ -102,7 +105,12 @@ class ModelRunner:
         groups = group_by_prefix(pages, min_pages=max(1, MIN_SHARED_TOKENS // page_size))
         return groups if groups.shares else None
 
-    def _logits(self, arrays: StepArrays) -> Tensor:
+    def _logits(self, slices: Seq[Slice], wanted: Seq[range], arrays: StepArrays) -> Tensor:
+        token_lora = lora_rows((one.sequence.lora, one.n_tokens) for one in slices)
+        if token_lora is not None:  # other matrices each time: nothing to record
+            logit_lora = lora_rows((one.sequence.lora, len(rows)) for one, rows in zip(slices, wanted, strict=True))
+            inputs = dataclasses.replace(arrays.to(self._device), token_lora=token_lora, logit_lora=logit_lora)
+            return self._model.forward(inputs, self.cache)
         logits = None if self._recorded is None else self._recorded.run(arrays)
         return self._model.forward(arrays.to(self._device), self.cache) if logits is None else logits
 

@@ -14,6 +14,7 @@ from exl2_rag.llm.sampling.params import SamplingParams as SamplingParams  # noq
 
 if TYPE_CHECKING:
     from exl2_rag.llm.constraint import Constraint
+    from exl2_rag.llm.lora.choice import Lora
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 
@@ -28,12 +29,14 @@ class GenerationRequest:
         constraint: what the continuation must obey, or None.
         cache_salt: the tenant. Requests share cached pages with those of the same salt only, and None is a tenant of
             its own; so nobody can tell by the time to the first token what another tenant has asked.
+        lora: LoRA adapters at work: a name, (name, scale), or several of either; see `ExL2LLM.load_lora`.
     """
 
     token_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     constraint: Constraint | None = None
     cache_salt: str | None = None
+    lora: Lora | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
     from exl2_rag.llm.constraint import Constraint
+    from exl2_rag.llm.lora.choice import Lora
 
 
 class RequestOptions(TypedDict, total=False):
@@ -17,7 +18,9 @@ class RequestOptions(TypedDict, total=False):
     Attributes:
         constraint: what the continuation must obey.
         cache_salt: the tenant, see `GenerationRequest`.
+        lora: LoRA adapters at work: a name, (name, scale), or a list of such; see `ExL2LLM.load_lora`.
     """
 
     constraint: Constraint | None
     cache_salt: str | None
+    lora: Lora | None

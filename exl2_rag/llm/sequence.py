@@ -19,6 +19,7 @@ from exl2_rag.llm.request import FinishReason, SamplingParams, Timings, Usage
 
 if TYPE_CHECKING:
     from exl2_rag.llm.constraint import ConstraintMatcher
+    from exl2_rag.llm.lora.shelf import LoraSet
 
 
 class State(Enum):
@@ -55,6 +56,7 @@ class Sequence:
         keep_pages: the pages are pinned when the prompt is computed, instead of let go.
         cache_root: what its pages hang below (`fingerprint.root_key`); only sequences of one root share pages. None is
             the page table's own root.
+        lora: the adapters at work on it.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Sequence:
         evaluation: Evaluation | None = None,
         keep_pages: bool = False,
         cache_root: bytes | None = None,
+        lora: LoraSet = (),
     ) -> None:
         self.token_ids = list(token_ids)
         self.n_prompt = len(token_ids)
@@ -82,6 +85,7 @@ class Sequence:
         self.evaluation = evaluation
         self.keep_pages = keep_pages
         self.cache_root = cache_root
+        self.lora = lora
 
         self.state = State.WAITING
         self.arrival = -1  # place in the order of arrival, given by the scheduler

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from exl2_rag.llm.kernels import ops
+
+if TYPE_CHECKING:
+    from exl2_rag.llm.layers.lora import LoraRows
 
 
 class Activations:
@@ -12,10 +17,15 @@ class Activations:
 
     Layers that read one input mostly share an input order too (q, k and v; gate and up). The whole numbers are made
     once for each order.
+
+    Attributes:
+        x: the input.
+        lora: the adapters at work on its rows, or None.
     """
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor, lora: LoraRows | None = None) -> None:
         self.x = x
+        self.lora = lora
         self._digits: dict[int, ops.Digits] = {}
 
     def digits(self, perm: Tensor) -> ops.Digits:

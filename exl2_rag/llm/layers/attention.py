@@ -49,7 +49,7 @@ class Attention:
             k_pages, v_pages: [P, PS, KH, D] of this layer; written to.
             add_to: [T, hidden_size] float32; the result is added to it.
         """
-        normed = Activations(x)
+        normed = Activations(x, inputs.token_lora)
         queries = ops.rope_cache_write(
             self._heads(self.q_proj(normed)),
             self._heads(self.k_proj(normed)),
@@ -71,7 +71,7 @@ class Attention:
             softmax_scale=self.softmax_scale,
             sliding_window=self.sliding_window,
         )
-        self.o_proj(Activations(mixed.flatten(1)), add_to=add_to)
+        self.o_proj(Activations(mixed.flatten(1), inputs.token_lora), add_to=add_to)
 
     def _heads(self, x: Tensor) -> Tensor:
         """[T, n * D] as [T, n, D], without a copy."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from exl2_rag.llm.kernels import ops
 from exl2_rag.llm.layers.activations import Activations
 from exl2_rag.llm.layers.linear import Linear
+from exl2_rag.llm.layers.lora import LoraRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +25,13 @@ class GatedMLP:
         """Bytes of memory held."""
         return sum(part.weight_bytes for part in (self.gate_proj, self.up_proj, self.down_proj))
 
-    def __call__(self, x: Tensor, *, add_to: Tensor) -> None:
-        """[T, hidden_size] float32, normed; the result is added to `add_to`, of the same shape."""
-        inputs = Activations(x)
+    def __call__(self, x: Tensor, *, add_to: Tensor, lora: LoraRows | None = None) -> None:
+        """[T, hidden_size] float32, normed; the result is added to `add_to`, of the same shape.
+
+        `lora` are the adapters at work on the rows.
+        """
+        inputs = Activations(x, lora)
         gate, up = self.gate_proj(inputs), self.up_proj(inputs)
         # In place where that can be: of a long prompt this is the largest buffer.
         gated = ops.silu_mul_into(gate, up) if gate.is_contiguous() else ops.silu_mul(gate, up)
-        self.down_proj(Activations(gated), add_to=add_to)
+        self.down_proj(Activations(gated, lora), add_to=add_to)

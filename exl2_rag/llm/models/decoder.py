@@ -21,9 +21,11 @@ from exl2_rag.llm.layers.activations import Activations
 from exl2_rag.llm.layers.attention import Attention
 from exl2_rag.llm.layers.embedding import Embedding
 from exl2_rag.llm.layers.linear import Linear
+from exl2_rag.llm.layers.lora import AdaptedLinear
 from exl2_rag.llm.layers.mlp import GatedMLP
 from exl2_rag.llm.layers.norm import RMSNorm
 from exl2_rag.llm.layers.rotary import Rotary
+from exl2_rag.llm.models.tensor_names import EMBEDDING_KEY
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,7 @@ class DecoderLayer:
     def __call__(self, hidden: Tensor, inputs: ForwardInputs, rotary: Rotary, k_pages: Tensor, v_pages: Tensor) -> None:
         """Adds to `hidden` [T, hidden_size] float32, and writes the new keys and values into the pages."""
         self.attention(self.input_norm(hidden), inputs, rotary, k_pages, v_pages, add_to=hidden)
-        self.mlp(self.mlp_norm(hidden), add_to=hidden)
+        self.mlp(self.mlp_norm(hidden), add_to=hidden, lora=inputs.token_lora)
 
 
 class Decoder:
@@ -75,7 +77,8 @@ class Decoder:
     @property
     def weight_bytes(self) -> int:
         """Bytes of memory that the weights hold; a table shared by embedding and head counts once."""
-        shared = self.embedding.weight_bytes if getattr(self.head, "weight", None) is self.embedding.weight else 0
+        head = self.head.base if isinstance(self.head, AdaptedLinear) else self.head
+        shared = self.embedding.weight_bytes if getattr(head, "weight", None) is self.embedding.weight else 0
         ends = self.embedding.weight_bytes + self.norm.weight_bytes + self.head.weight_bytes
         return ends + sum(layer.weight_bytes for layer in self.layers) - shared
 
@@ -93,9 +96,11 @@ class Decoder:
             KernelError: inputs or cache do not fit the model.
         """
         hidden = self.embedding(inputs.token_ids)
+        if inputs.token_lora is not None:
+            inputs.token_lora.add_embedding(hidden, inputs.token_ids, EMBEDDING_KEY)
         for layer, k_pages, v_pages in zip(self.layers, cache.k_pages, cache.v_pages, strict=True):
             layer(hidden, inputs, self.rotary, k_pages, v_pages)
         rows = hidden if inputs.logit_rows is None else hidden.index_select(0, inputs.logit_rows)
         if rows.shape[0] == 0:
             return rows.new_empty((0, self.config.vocab_size))
-        return self.head(Activations(self.norm(rows)))
+        return self.head(Activations(self.norm(rows), inputs.logit_lora))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from exl2_rag.llm.kernels import ops
 from exl2_rag.llm.layers.attention import Attention
 from exl2_rag.llm.layers.embedding import Embedding, load_embedding
 from exl2_rag.llm.layers.linear import DenseLinear, Linear, LinearSpec, load_linear, share_input_order
+from exl2_rag.llm.layers.lora import AdaptedLinear
 from exl2_rag.llm.layers.mlp import GatedMLP
 from exl2_rag.llm.layers.norm import RMSNorm, load_norm
 from exl2_rag.llm.layers.rotary import Rotary
@@ -54,7 +56,7 @@ def load_model(
             embedding=embedding,
             layers=[loader.layer(index) for index in range(config.n_layers)],
             norm=loader.norm(tensor_names.FINAL_NORM_KEY),
-            head=loader.head(embedding),
+            head=AdaptedLinear(loader.head(embedding), tensor_names.HEAD_KEY),
             rotary=Rotary(config.rope, rotary_dim=config.head_dim, max_seq_len=max_seq_len, device=device),
         )
     except CheckpointError as error:
@@ -105,12 +107,15 @@ class _Loader:
                 return DenseLinear(table, None)  # a copy in the file need not be one in memory
         return head
 
+    def _linears(self, specs: Mapping[str, LinearSpec]) -> dict[str, AdaptedLinear]:
+        return {name: AdaptedLinear(self.linear(spec), spec.key) for name, spec in specs.items()}
+
     def layer(self, index: int) -> DecoderLayer:
         config = self._config
-        attention = {name: self.linear(spec) for name, spec in tensor_names.attention_specs(config, index).items()}
-        mlp = {name: self.linear(spec) for name, spec in tensor_names.mlp_specs(config, index).items()}
-        share_input_order(attention[name] for name in ("q_proj", "k_proj", "v_proj"))
-        share_input_order(mlp[name] for name in ("gate_proj", "up_proj"))
+        attention = self._linears(tensor_names.attention_specs(config, index))
+        mlp = self._linears(tensor_names.mlp_specs(config, index))
+        share_input_order(attention[name].base for name in ("q_proj", "k_proj", "v_proj"))
+        share_input_order(mlp[name].base for name in ("gate_proj", "up_proj"))
         return DecoderLayer(
             input_norm=self.norm(tensor_names.input_norm_key(index)),
             attention=Attention(

@@ -55,6 +55,14 @@ def mlp_specs(config: ModelConfig, layer: int) -> dict[str, LinearSpec]:
     }
 
 
+def adaptable(config: ModelConfig) -> Iterator[LinearSpec]:
+    """Every matrix that a LoRA adapter may add to; the head also where it is the embedding's table."""
+    for layer in range(config.n_layers):
+        yield from attention_specs(config, layer).values()
+        yield from mlp_specs(config, layer).values()
+    yield LinearSpec(HEAD_KEY, config.hidden_size, config.vocab_size)
+
+
 def head_spec(config: ModelConfig, checkpoint: Checkpoint) -> LinearSpec | None:
     """The output head, or None where it is the embedding: tied, and without weights of its own in the checkpoint.
 

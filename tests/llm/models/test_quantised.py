@@ -31,7 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
 def test_exl2_logits_equal_those_of_the_dequantised_model(case: str, tmp_path: Path) -> None:
     model_dir = make_model_dir(tmp_path, quantised=True, **CASES[case])
     decoder = parity.load(model_dir)
-    assert isinstance(decoder.layers[1].mlp.up_proj, QuantisedLinear)
+    assert isinstance(decoder.layers[1].mlp.up_proj.base, QuantisedLinear)
     tokens = parity.random_tokens(TOKENS, 5, decoder.config.vocab_size)
     theirs = parity.oracle_logits(parity.twin_of_quantised(model_dir), tokens)
     assert theirs.std() > 0.5
@@ -48,7 +48,7 @@ def test_a_converted_model_gives_the_logits_of_its_dequantised_weights(
     parity.save_oracle(oracle, tmp_path / "source", dtype=torch.float16)
     convert_rtn(tmp_path / "source", tmp_path / "exl2", bits=4.5)
     decoder = parity.load(tmp_path / "exl2")
-    assert isinstance(decoder.head, QuantisedLinear), "a tied EXL2 model has a quantised head of its own"
+    assert isinstance(decoder.head.base, QuantisedLinear), "a tied EXL2 model has a quantised head of its own"
     tokens = parity.random_tokens(TOKENS, 5)
     theirs = parity.oracle_logits(parity.twin_of_quantised(tmp_path / "exl2"), tokens)
     ours = parity.in_slices(decoder, tokens, [20, 17])

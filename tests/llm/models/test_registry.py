@@ -43,7 +43,7 @@ def test_a_synthetic_model_loads_and_speaks(architecture: str, quantised: bool, 
     logits = parity.in_slices(decoder, list(b"hello"), [5])
     assert logits.shape == (5, 320)
     assert logits.isfinite().all()
-    assert isinstance(decoder.head, QuantisedLinear if quantised else DenseLinear)
+    assert isinstance(decoder.head.base, QuantisedLinear if quantised else DenseLinear)
 
 
 @pytest.mark.parametrize(
@@ -166,34 +166,34 @@ def test_max_seq_len_must_be_positive_and_is_what_the_tables_reach(tmp_path: Pat
 def test_a_tied_head_is_the_embedding_and_counts_once(tmp_path: Path) -> None:
     tied = parity.load(make_model_dir(tmp_path / "tied", tie_word_embeddings=True))
     untied = parity.load(make_model_dir(tmp_path / "untied"))
-    assert isinstance(tied.head, DenseLinear)
-    assert tied.head.weight is tied.embedding.weight
+    assert isinstance(tied.head.base, DenseLinear)
+    assert tied.head.base.weight is tied.embedding.weight
     assert untied.weight_bytes - tied.weight_bytes == 320 * 128 * 4
     assert untied.weight_bytes == Checkpoint.open(tmp_path / "untied").total_bytes()
 
 
 def test_a_tied_model_uses_the_quantised_head_of_its_own(tmp_path: Path) -> None:
     decoder = parity.load(make_model_dir(tmp_path, quantised=True, tie_word_embeddings=True))
-    assert isinstance(decoder.head, QuantisedLinear)
+    assert isinstance(decoder.head.base, QuantisedLinear)
 
 
 def test_a_tied_head_that_the_file_repeats_is_kept_once_and_one_that_differs_is_used(tmp_path: Path) -> None:
     model_dir = make_model_dir(tmp_path)
     change_config(model_dir, tie_word_embeddings=True)
     different = parity.load(model_dir)
-    assert isinstance(different.head, DenseLinear)
-    assert different.head.weight is not different.embedding.weight
+    assert isinstance(different.head.base, DenseLinear)
+    assert different.head.base.weight is not different.embedding.weight
     change_tensors(model_dir, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     same = parity.load(model_dir)
-    assert isinstance(same.head, DenseLinear)
-    assert same.head.weight is same.embedding.weight
+    assert isinstance(same.head.base, DenseLinear)
+    assert same.head.base.weight is same.embedding.weight
 
 
 def test_a_tied_head_of_another_dtype_is_used_as_it_is(tmp_path: Path) -> None:
     model_dir = make_model_dir(tmp_path)
     change_config(model_dir, tie_word_embeddings=True)
     change_tensors(model_dir, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].half()}))
-    head = parity.load(model_dir).head
+    head = parity.load(model_dir).head.base
     assert isinstance(head, DenseLinear)
     assert head.weight.dtype == torch.float16
 
