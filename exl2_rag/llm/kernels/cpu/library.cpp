@@ -1,7 +1,8 @@
 // The C interface of the library, and the choice of the level of the machine at hand.
 //
 // Level "baseline" runs anywhere; "avx2" (with FMA and F16C), "avx512" (F, BW, DQ, VL) and "avx512vnni" where the processor
-// has them.
+// has them. "avx512amd" is the last with products by sums (spread_codes.h), which pay where 512-bit multiplications take
+// twice as long as additions: on AMD's processors.
 #include <stdint.h>
 #include <string.h>
 
@@ -37,6 +38,13 @@ const Level kAvx512 = {"avx512", EXL2_FOR_EACH_OP(EXL2_OP_IN_TABLE)};
 const Level kAvx512Vnni = {"avx512vnni", EXL2_FOR_EACH_OP(EXL2_OP_IN_TABLE)};
 #undef EXL2_TABLE_LEVEL
 
+const Level kAvx512Amd = [] {
+    Level level = kAvx512Vnni;
+    level.name = "avx512amd";
+    level.plane_matmul = avx512vnni::plane_matmul_by_sums;
+    return level;
+}();
+
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 bool has_avx512() {
@@ -50,6 +58,8 @@ bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnn
 // The level of this name, or the best if null; nullptr: unknown, or the processor lacks it.
 const Level* find_level(const char* name) {
 #if defined(EXL2_X86_LEVELS)
+    const bool best_is_amd = name == nullptr && __builtin_cpu_is("amd");
+    if (has_avx512vnni() && (best_is_amd || (name != nullptr && strcmp(name, kAvx512Amd.name) == 0))) return &kAvx512Amd;
     if (has_avx512vnni() && (name == nullptr || strcmp(name, kAvx512Vnni.name) == 0)) return &kAvx512Vnni;
     if (has_avx512() && (name == nullptr || strcmp(name, kAvx512.name) == 0)) return &kAvx512;
     if (has_avx2() && (name == nullptr || strcmp(name, kAvx2.name) == 0)) return &kAvx2;

@@ -166,4 +166,8 @@ EXL2_DECLARE_LEVEL(avx2)
 EXL2_DECLARE_LEVEL(avx512)
 EXL2_DECLARE_LEVEL(avx512vnni)
 
+namespace avx512vnni {
+int plane_matmul_by_sums(const PlaneMatmul& args);  // the same numbers; see spread_codes.h
+}
+
 }  // namespace exl2

@@ -7,37 +7,22 @@
 //     piece:   up to 128 rows of one group;                            y += scale[n] * piece
 //
 // Few rows (T <= 4) multiply codes as they come out of the planes, so memory is read once, front to back. With more rows,
-// 128 rows of codes at a time are spread out to 16 bits, zero subtracted (8 KiB, in the first cache), and multiplied by
-// whole n of 16 bits: the same integers, with half as many sums to end. Both ways give the same bits. For that x is laid out
-// anew, so that rows that are multiplied together lie together: at their own distance, often a multiple of 4 KiB, they would
-// push each other out of the first cache.
+// 128 rows of codes at a time are spread out to 16 bits and multiplied by whole n (spread_codes.h): the same integers, with
+// half as many sums to end. Both ways give the same bits.
 #include <stdint.h>
 
 #include "../exl2_layout.h"
 #include "ops.h"
 #include "planes.h"
 #include "simd.h"
+#include "spread_codes.h"
 
 namespace exl2 {
 namespace EXL2_LEVEL {
 namespace {
 
-constexpr int kPieceChunks = 4;
 constexpr int kMostTokens = 4;  // rows of x that are multiplied straight from the planes: 16 sums of 32 AVX-512 registers
-constexpr int kTileVecs = kTileColumns / kLanes;
 constexpr int kDigitBytes = 2 * kChunkRows;  // of a chunk
-constexpr int kSpreadChunks = 4;
-constexpr int kPairs = kChunkRows / 2;  // of rows: what dot2 multiplies
-constexpr int kSpreadBytes = kSpreadChunks * kPairs * kUnitBytes;
-
-// Rows of x, and vectors of columns, that are multiplied together by spread codes.
-#if defined(__AVX512F__)
-constexpr int kSpreadTokens = 6, kSpreadVecs = 2;  // 12 sums and 12 results of 32 registers
-#elif defined(__AVX2__)
-constexpr int kSpreadTokens = 4, kSpreadVecs = 2;  // 8 of 16
-#else
-constexpr int kSpreadTokens = 2, kSpreadVecs = 2;
-#endif
 
 // Vectors of columns that share the loads of x.
 #if defined(__AVX512F__)
@@ -98,11 +83,6 @@ template <int kBytes>
 EXL2_ALWAYS_INLINE void prefetch(const uint8_t* unit) {
     for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(unit + kPrefetchBytes + i, 0, 2);
 }
-
-// Up to four chunks of one group.
-struct Piece {
-    int32_t chunks, bits, group;
-};
 
 // What belongs to the groups of one tile.
 struct TileTables {
@@ -190,116 +170,6 @@ AddPieces packed_function(int bits, bool zeros, int tokens) {
     }
 }
 
-// The codes of one chunk as [16 pairs of rows][32 columns][2] int16, less what they are counted from.
-template <int kBits>
-void spread_chunk(const uint8_t* units, int32_t zero, const uint8_t* zeros, int16_t* out) {
-    for (int column = 0; column < kTileColumns; column += kLanes) {
-        const VecInt from = zeros == nullptr ? splat_int(zero) : load_bytes(zeros + column);
-        const VecShort both = reinterpret_cast<VecShort>(from | from << 16);
-        for_each_quad<kBits>(units + 4 * column, [&](auto quad, VecUint codes) {
-            const VecUint first = (codes & 0xffu) | (codes & 0xff00u) << 8;
-            const VecUint second = (codes >> 16 & 0xffu) | (codes >> 8 & 0xff0000u);
-            uint32_t* words = reinterpret_cast<uint32_t*>(out) + 2 * quad * kTileColumns + column;
-            *reinterpret_cast<VecUintUnaligned*>(words) = reinterpret_cast<VecUint>(reinterpret_cast<VecShort>(first) - both);
-            *reinterpret_cast<VecUintUnaligned*>(words + kTileColumns) =
-                reinterpret_cast<VecUint>(reinterpret_cast<VecShort>(second) - both);
-        });
-    }
-}
-
-// The codes of a piece; returns where those of the next piece go.
-int16_t* spread_piece(const uint8_t* units, Piece piece, const uint8_t* zeros, int16_t* out) {
-    const int32_t zero = 1 << (piece.bits - 1);
-    for (int chunk = 0; chunk < piece.chunks; ++chunk) {
-        switch (piece.bits) {
-            case 2: spread_chunk<2>(units, zero, zeros, out); break;
-            case 3: spread_chunk<3>(units, zero, zeros, out); break;
-            case 4: spread_chunk<4>(units, zero, zeros, out); break;
-            case 5: spread_chunk<5>(units, zero, zeros, out); break;
-            case 6: spread_chunk<6>(units, zero, zeros, out); break;
-            case 8: spread_chunk<8>(units, zero, zeros, out); break;
-        }
-        units += piece.bits * kUnitBytes;
-        out += kPairs * kUnitBytes / 2;
-    }
-    return out;
-}
-
-// Rows of x for spread codes, kSpreadTokens at a time: [blocks][chunks][kSpreadTokens] of 32 numbers and of their scale.
-struct Blocks {
-    const int16_t* numbers;
-    const float* scales;
-
-    Blocks at(int64_t chunks) const {
-        return {numbers + chunks * kSpreadTokens * kChunkRows, scales + chunks * kSpreadTokens};
-    }
-};
-
-// sums[t][v] += the products of one chunk. codes: at the first of the kSpreadVecs vectors.
-template <int kTokens>
-EXL2_ALWAYS_INLINE void multiply_pairs(const int16_t* codes, const int16_t* numbers, VecInt (&sums)[kTokens][kSpreadVecs]) {
-#pragma GCC unroll 4
-    for (int pair = 0; pair < kPairs; ++pair) {
-        VecInt pairs[kSpreadVecs];
-        for (int v = 0; v < kSpreadVecs; ++v) {
-            const uint32_t* words = reinterpret_cast<const uint32_t*>(codes) + pair * kTileColumns + v * kLanes;
-            pairs[v] = reinterpret_cast<VecInt>(load_words(words));
-        }
-        for (int t = 0; t < kTokens; ++t) {
-            int32_t two;
-            __builtin_memcpy(&two, numbers + t * kChunkRows + 2 * pair, 4);
-            for (int v = 0; v < kSpreadVecs; ++v) sums[t][v] = dot2(sums[t][v], pairs[v], splat_int(two));
-        }
-    }
-}
-
-// result[t][v] += scale of x * the products of one chunk.
-template <int kTokens>
-EXL2_ALWAYS_INLINE void add_chunk(const int16_t* codes, Blocks x, Vec (&result)[kTokens][kSpreadVecs]) {
-    VecInt sums[kTokens][kSpreadVecs];
-    for (int t = 0; t < kTokens; ++t)
-        for (int v = 0; v < kSpreadVecs; ++v) sums[t][v] = VecInt{};
-    multiply_pairs<kTokens>(codes, x.numbers, sums);
-    for (int t = 0; t < kTokens; ++t)
-        for (int v = 0; v < kSpreadVecs; ++v)
-            result[t][v] = mul_add(__builtin_convertvector(sums[t][v], Vec), splat(x.scales[t]), result[t][v]);
-}
-
-// As add_pieces, from spread codes.
-template <int kTokens>
-void add_spread(const int16_t* codes, const Piece* pieces, int count, const float* scales, Blocks x, float* y) {
-    constexpr int kChunkCodes = kPairs * kUnitBytes / 2;
-    for (int p = 0; p < count; ++p) {
-        const float* piece_scales = scales + pieces[p].group * kTileColumns;
-        for (int v = 0; v < kTileVecs; v += kSpreadVecs) {
-            Vec result[kTokens][kSpreadVecs];
-            for (int t = 0; t < kTokens; ++t)
-                for (int i = 0; i < kSpreadVecs; ++i) result[t][i] = Vec{};
-            const int16_t* from = codes + 2 * v * kLanes;
-            // Pieces of one chunk, which are common, go without a loop: its results would not fit the registers beside the sums.
-            if (pieces[p].chunks == 1) {
-                add_chunk<kTokens>(from, x, result);
-            } else {
-                for (int chunk = 0; chunk < pieces[p].chunks; ++chunk) add_chunk<kTokens>(from + chunk * kChunkCodes, x.at(chunk), result);
-            }
-            for (int t = 0; t < kTokens; ++t) {
-                for (int i = 0; i < kSpreadVecs; ++i) {
-                    float* target = y + t * kTileColumns + (v + i) * kLanes;
-                    store(target, mul_add(result[t][i], load(piece_scales + (v + i) * kLanes), load(target)));
-                }
-            }
-        }
-        codes += pieces[p].chunks * kChunkCodes;
-        x = x.at(pieces[p].chunks);
-    }
-}
-
-template <int kTokens = kSpreadTokens>
-void add_spread_some(int tokens, const int16_t* codes, const Piece* pieces, int count, const float* scales, Blocks x, float* y) {
-    if (tokens == kTokens) return add_spread<kTokens>(codes, pieces, count, scales, x, y);
-    if constexpr (kTokens > 1) add_spread_some<kTokens - 1>(tokens, codes, pieces, count, scales, x, y);
-}
-
 // The squares of 1 to 16, for vectors that can look up sixteen numbers at once.
 alignas(64) constexpr float kSquares[16] = {1, 4, 9, 16, 25, 36, 49, 64, 81, 100, 121, 144, 169, 196, 225, 256};
 
@@ -318,7 +188,7 @@ struct Job {
     const Piece* pieces;
     int n_pieces;
     const float* group_scales;  // as float32
-    Blocks blocks;              // where T > kMostTokens
+    WholeRows whole;            // where T > kMostTokens
 };
 
 // The scales of a tile, [n_groups, 32], rounded as the format rounds them.
@@ -357,41 +227,42 @@ void multiply_packed(const Job& job, const uint8_t* units, TileTables tables, fl
 }
 
 // The same for any T. spread: room for kSpreadChunks chunks.
+template <bool kBySums>
 void multiply_spread(const Job& job, const uint8_t* units, TileTables tables, int16_t* spread, float* y) {
-    Blocks x = job.blocks;
+    WholeRows x = job.whole;
     for (int next = 0; next < job.n_pieces;) {
         const Piece* pieces = job.pieces + next;
         int n = 0, chunks = 0;
         for (int16_t* out = spread; next + n < job.n_pieces && chunks + pieces[n].chunks <= kSpreadChunks; ++n) {
             const uint8_t* zeros = tables.zeros == nullptr ? nullptr : tables.zeros + pieces[n].group * kTileColumns;
-            out = spread_piece(units, pieces[n], zeros, out);
+            out = spread_piece<kBySums>(units, pieces[n], zeros, out);
             units += pieces[n].chunks * pieces[n].bits * kUnitBytes;
             chunks += pieces[n].chunks;
         }
         for (int64_t t = 0; t < job.args.rows; t += kSpreadTokens) {
             const int tokens = static_cast<int>(job.args.rows - t < kSpreadTokens ? job.args.rows - t : kSpreadTokens);
-            const Blocks block = x.at(t / kSpreadTokens * (job.args.in / kChunkRows));
-            add_spread_some(tokens, spread, pieces, n, tables.scales, block, y + t * kTileColumns);
+            add_spread_some<kBySums>(tokens, spread, pieces, n, tables.scales, x.at(0, t), y + t * kTileColumns);
         }
-        x = x.at(chunks);
+        x = x.at(chunks, 0);
         next += n;
     }
 }
 
+template <bool kBySums>
 bool multiply_tile(const void* context, int64_t tile) {
     const Job& job = *static_cast<const Job*>(context);
     const PlaneMatmul& args = job.args;
     const int64_t scale_floats = args.n_groups * kTileColumns;
-    float* memory = scratch(0, static_cast<size_t>(kSpreadBytes / 4 + scale_floats + args.rows * kTileColumns));
+    float* memory = scratch(0, static_cast<size_t>(kSpreadWords + scale_floats + args.rows * kTileColumns));
     if (memory == nullptr) return false;
-    float* scales = memory + kSpreadBytes / 4;
+    float* scales = memory + kSpreadWords;
     float* y = scales + scale_floats;
     for (int64_t i = 0; i < args.rows * kTileColumns; ++i) y[i] = 0.0f;
     tile_scales(job, tile, scales);
     const TileTables tables{scales, args.zeros == nullptr ? nullptr : args.zeros + tile * args.n_groups * kTileColumns};
     const uint8_t* units = args.planes + tile * args.packed_rows * kUnitBytes;
     if (args.rows <= kMostTokens) multiply_packed(job, units, tables, y);
-    else multiply_spread(job, units, tables, reinterpret_cast<int16_t*>(memory), y);
+    else multiply_spread<kBySums>(job, units, tables, reinterpret_cast<int16_t*>(memory), y);
 
     const int64_t first = tile * kTileColumns;
     const int64_t width = args.out - first < kTileColumns ? args.out - first : kTileColumns;
@@ -405,40 +276,16 @@ bool multiply_tile(const void* context, int64_t tile) {
     return true;
 }
 
-// Lays out one row of x for spread codes.
-struct Join {
-    const PlaneMatmul& args;
-    int16_t* numbers;
-    float* scales;
-};
-
-bool join_row(const void* context, int64_t row) {
-    const Join& job = *static_cast<const Join*>(context);
-    const int64_t chunks = job.args.in / kChunkRows;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        const int64_t from = row * chunks + chunk;
-        const int64_t to = (row / kSpreadTokens * chunks + chunk) * kSpreadTokens + row % kSpreadTokens;
-        const int8_t* high = job.args.digits + from * kDigitBytes;
-        for (int i = 0; i < kChunkRows; ++i)
-            job.numbers[to * kChunkRows + i] = static_cast<int16_t>(high[i] * 128 + high[kChunkRows + i]);
-        job.scales[to] = job.args.x_scales[from];
-    }
-    return true;
-}
-
-}  // namespace
-
-int plane_matmul(const PlaneMatmul& args) {
+template <bool kBySums>
+int multiply(const PlaneMatmul& args) {
     static_assert(alignof(Piece) <= alignof(float), "pieces lie behind floats");
     const int64_t chunks = args.in / kChunkRows;
     const bool few = args.rows <= kMostTokens;
-    const int64_t padded_rows = few ? 0 : (args.rows + kSpreadTokens - 1) / kSpreadTokens * kSpreadTokens;
-    const int64_t number_floats = padded_rows * args.in / 2, scale_floats = padded_rows * chunks;
-    const int64_t piece_floats = chunks * static_cast<int64_t>(sizeof(Piece) / sizeof(float));
-    float* memory = scratch(1, static_cast<size_t>(number_floats + scale_floats + args.n_groups + piece_floats));
+    const int64_t whole_words = few ? 0 : WholeRows::words(args.rows, chunks);
+    const int64_t piece_words = chunks * static_cast<int64_t>(sizeof(Piece) / sizeof(float));
+    float* memory = scratch(1, static_cast<size_t>(whole_words + args.n_groups + piece_words));
     if (memory == nullptr) return kNoMemory;
-    float* x_scales = memory + number_floats;
-    float* group_scales = x_scales + scale_floats;
+    float* group_scales = memory + whole_words;
     Piece* pieces = reinterpret_cast<Piece*>(group_scales + args.n_groups);
     int n_pieces = 0;
     for (int64_t group = 0; group < args.n_groups; ++group) {
@@ -446,13 +293,20 @@ int plane_matmul(const PlaneMatmul& args) {
         for (int left = args.groups[2 * group + 1] / kChunkRows; left > 0; left -= kPieceChunks)
             pieces[n_pieces++] = {left < kPieceChunks ? left : kPieceChunks, args.groups[2 * group], static_cast<int32_t>(group)};
     }
-    const Join join{args, reinterpret_cast<int16_t*>(memory), x_scales};
-    if (!few) run_tasks(args.rows, args.rows * args.in / 4, join_row, &join);
-    const Job job{args, pieces, n_pieces, group_scales, {join.numbers, join.scales}};
+    Job job{args, pieces, n_pieces, group_scales, {}};
+    if (!few) job.whole = whole_rows<kBySums>(args, memory);
     // Reading a weight from memory costs about as much as sixteen of these multiply-adds.
     const int64_t cost = args.in * args.out * (args.rows + 16) / 8;
-    return run_tasks((args.out + kTileColumns - 1) / kTileColumns, cost, multiply_tile, &job) ? kOk : kNoMemory;
+    return run_tasks((args.out + kTileColumns - 1) / kTileColumns, cost, multiply_tile<kBySums>, &job) ? kOk : kNoMemory;
 }
+
+}  // namespace
+
+int plane_matmul(const PlaneMatmul& args) { return multiply<false>(args); }
+
+#if defined(__AVX512VNNI__)
+int plane_matmul_by_sums(const PlaneMatmul& args) { return multiply<true>(args); }
+#endif
 
 }  // namespace EXL2_LEVEL
 }  // namespace exl2

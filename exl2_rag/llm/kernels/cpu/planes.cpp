@@ -14,7 +14,7 @@ namespace {
 
 inline void or_words(uint8_t* to, VecUint bits) {
     uint32_t* words = reinterpret_cast<uint32_t*>(to);
-    *reinterpret_cast<VecUintUnaligned*>(words) = load_words(words) | bits;
+    store_words(words, load_words(words) | bits);
 }
 
 // Put the codes of a quad, one byte a row, into the two planes of a chunk, which start as zeros.

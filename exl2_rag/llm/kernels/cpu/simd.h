@@ -39,6 +39,7 @@ typedef VecUint VecUintUnaligned __attribute__((aligned(4), may_alias));
 inline Vec load(const float* from) { return *reinterpret_cast<const VecUnaligned*>(from); }
 inline void store(float* to, Vec value) { *reinterpret_cast<VecUnaligned*>(to) = value; }
 inline VecUint load_words(const uint32_t* from) { return *reinterpret_cast<const VecUintUnaligned*>(from); }
+inline void store_words(uint32_t* to, VecUint value) { *reinterpret_cast<VecUintUnaligned*>(to) = value; }
 inline Vec splat(float value) { return value - Vec{}; }
 inline VecInt splat_int(int32_t value) { return value - VecInt{}; }
 inline Vec as_float(VecInt bits) { return reinterpret_cast<Vec>(bits); }
