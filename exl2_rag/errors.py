@@ -18,6 +18,8 @@ these; `assert` is only for what the package itself can get wrong.
      +- EngineError                    the running engine
      |   +- EngineClosedError          a request after close()
      |   +- RequestCancelledError      the request was cancelled before it finished
+     |   +- RequestTimeoutError        the request's `timeout_s` ran out                (also TimeoutError)
+     |   +- QueueFullError             more requests wait than `max_waiting` allows
      |   +- CacheIntegrityError        the page table contradicts itself (a bug in this package)
      +- KernelError                    an op called with tensors it cannot take
      |   +- ShapeError, DTypeError
@@ -99,6 +101,14 @@ class EngineClosedError(EngineError):
 
 class RequestCancelledError(EngineError):
     """The request was cancelled before it finished."""
+
+
+class RequestTimeoutError(EngineError, TimeoutError):
+    """The request did not finish within its `timeout_s`."""
+
+
+class QueueFullError(EngineError):
+    """The engine has as many requests as it takes; try again later."""
 
 
 class CacheIntegrityError(EngineError):

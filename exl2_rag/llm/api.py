@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import weakref
 from collections.abc import AsyncGenerator, Generator, Iterable, Mapping
 from collections.abc import Sequence as Seq
@@ -446,6 +447,15 @@ class ExL2LLM:
 
 
 def _result(pieces: list[StreamPiece]) -> GenerationResult:
+    """The whole of what came in pieces; with several continuations the first, which has the others."""
+    by_index: dict[int, list[StreamPiece]] = {}
+    for piece in pieces:
+        by_index.setdefault(piece.index, []).append(piece)
+    first, *others = [_joined(by_index[index]) for index in sorted(by_index)]
+    return dataclasses.replace(first, alternatives=tuple(others)) if others else first
+
+
+def _joined(pieces: list[StreamPiece]) -> GenerationResult:
     last = pieces[-1]
     assert last.finish_reason is not None
     assert last.usage is not None
@@ -456,4 +466,5 @@ def _result(pieces: list[StreamPiece]) -> GenerationResult:
         finish_reason=last.finish_reason,
         usage=last.usage,
         timings=last.timings,
+        index=last.index,
     )

@@ -6,7 +6,9 @@ logits, its text) ends that request alone. `prepare` may be called from any thre
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -22,11 +24,18 @@ from exl2_rag.llm.model_runner import ModelRunner
 from exl2_rag.llm.output_text import OutputText, TokenDecoder
 from exl2_rag.llm.page_table import PageTable
 from exl2_rag.llm.page_table_check import check_integrity
-from exl2_rag.llm.request import CacheReport, FinishReason, GenerationRequest, SamplingParams, StreamPiece
+from exl2_rag.llm.request import (
+    CacheReport,
+    FinishReason,
+    GenerationRequest,
+    SamplingParams,
+    StreamPiece,
+    branch_seed,
+)
 from exl2_rag.llm.sampler import Draw, sample
 from exl2_rag.llm.sampling.honoured import refuse_unhonoured
 from exl2_rag.llm.scheduler import Scheduler, Slice
-from exl2_rag.llm.sequence import Evaluation, Sequence
+from exl2_rag.llm.sequence import Evaluation, Sequence, State
 
 if TYPE_CHECKING:
     from exl2_rag.llm.constraint import ConstraintMatcher
@@ -129,7 +138,7 @@ class Engine:
         # A constraint allows an end-of-sequence id only where its text is complete; nothing can follow it then.
         if request.constraint is not None or not sampling.ignore_eos:
             stop_ids |= self._eos_token_ids
-        return Sequence(
+        sequence = Sequence(
             request.token_ids,
             max_new_tokens=room if sampling.max_tokens is None else min(room, sampling.max_tokens),
             sampling=sampling,
@@ -139,7 +148,11 @@ class Engine:
             matcher=self._text.matcher(request),
             cache_root=self.cache_root(request.cache_salt, lora_identity(lora)),
             lora=lora,
+            priority=request.priority,
+            timeout_s=request.timeout_s,
         )
+        sequence.branches = self._branches(request, sequence.seed)
+        return sequence
 
     def prepare_prompt(
         self,
@@ -168,14 +181,17 @@ class Engine:
         )
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a prepared sequence.
+        """Queue a prepared sequence, and its branches with it.
 
         Raises:
             ConstraintError: its constraint gives up.
+            QueueFullError: too many wait already.
         """
-        if sequence.matcher is not None:
-            # What must come first needs no sampling; the last token is left to be sampled, to end the text properly.
-            self._append_forced(sequence, at_most=sequence.max_new_tokens - 1)
+        for one in (sequence, *sequence.branches):
+            if one.matcher is not None:
+                # What must come first needs no sampling; the last token is left to be sampled, to end the text
+                # properly.
+                self._append_forced(one, at_most=one.max_new_tokens - 1)
         self._scheduler.add(sequence)
 
     def abort(self, sequence: Sequence) -> None:
@@ -192,8 +208,9 @@ class Engine:
         Raises:
             Exception: anything that concerns all sequences; then `reset` is due.
         """
+        expired = self._scheduler.expire(time.perf_counter())
         plan = self._scheduler.plan()
-        updates = [Update(sequence, error=error) for sequence, error in plan.failures]
+        updates = [Update(sequence, error=error) for sequence, error in (*expired, *plan.failures)]
         self._runner.copy_rows(plan.copies)
         if not plan.slices:
             return updates
@@ -288,7 +305,7 @@ class Engine:
         updates: list[Update] = []
         draws: list[Draw] = []
         drawn: list[tuple[Sequence, Tensor]] = []
-        for sequence, logits in ready:
+        for sequence, logits in self._with_branches(ready):
             sequence.mark_progress()
             if sequence.finish_reason is None and sequence.matcher is not None and sequence.matcher.is_finished:
                 sequence.finish_reason = "stop"
@@ -307,6 +324,26 @@ class Engine:
             if update is not None:
                 updates.append(update)
         return updates
+
+    def _with_branches(self, ready: list[tuple[Sequence, Tensor]]) -> list[tuple[Sequence, Tensor]]:
+        """Fork what is to be continued in several ways; all branches sample from the logits of their prompt."""
+        forked: list[tuple[Sequence, Tensor]] = []
+        for sequence, logits in ready:
+            forked.append((sequence, logits))
+            if sequence.branches and not sequence.has_forked:
+                self._runner.copy_rows(self._scheduler.fork(sequence))
+                forked += [(one, logits) for one in sequence.branches if one.state is not State.ENDED]
+        return forked
+
+    def _branches(self, request: GenerationRequest, seed: int) -> tuple[Sequence, ...]:
+        """The other continuations of a request for several; each is a request of its own with a seed of its own."""
+        branches = []
+        for index in range(1, request.sampling.n):
+            sampling = dataclasses.replace(request.sampling, n=1, seed=branch_seed(seed, index))
+            branch = self.prepare(dataclasses.replace(request, sampling=sampling))
+            branch.index = index
+            branches.append(branch)
+        return tuple(branches)
 
     def _take(self, sequence: Sequence, token_id: int) -> Update | None:
         """Append a sampled token, and what a constraint forces after it."""
@@ -356,8 +393,9 @@ class Engine:
             self._scheduler.pin(sequence)
         else:
             self._scheduler.remove(sequence)
-        self._n_prompt_tokens += sequence.n_prompt
-        self._n_cached_tokens += sequence.n_cached_tokens or 0
+        if sequence.index == 0:  # its branches had the prompt from it
+            self._n_prompt_tokens += sequence.n_prompt
+            self._n_cached_tokens += sequence.n_cached_tokens or 0
         return Update(sequence, piece)
 
     def _fail(self, sequence: Sequence, error: Exception) -> Update:
@@ -379,8 +417,10 @@ class Engine:
         token_ids = tuple(sequence.token_ids[sequence.n_prompt + sequence.n_handed_out : sequence.n_prompt + n_tokens])
         sequence.n_handed_out += len(token_ids)
         if not is_last:
-            return StreamPiece(text, token_ids)
-        return StreamPiece(text, token_ids, sequence.finish_reason, sequence.usage(), sequence.timings())
+            return StreamPiece(text, token_ids, index=sequence.index)
+        return StreamPiece(
+            text, token_ids, sequence.finish_reason, sequence.usage(), sequence.timings(), index=sequence.index
+        )
 
 
 def as_engine_error(error: BaseException, what: str) -> Exl2RagError:

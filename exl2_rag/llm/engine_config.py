@@ -23,6 +23,9 @@ DEFAULT_PREFILL_BESIDE_DECODE = 128
 CUDA_BATCHED_TOKENS = 2048
 CUDA_PREFILL_BESIDE_DECODE = 512
 
+# A request of low priority that is always overtaken moves up after so many times.
+DEFAULT_MAX_OVERTAKES = 8
+
 CACHE_MEMORY_SHARE = 0.25  # of the memory that is free when the engine starts
 CACHE_MEMORY_CAP_BYTES = 8 * 2**30
 # Of a card's memory that is free beside the weights; the rest is for activations, CUDA graphs and torch's reserves.
@@ -45,6 +48,8 @@ class EngineOptions:
     num_threads: int | None = None
     page_size: int | None = None
     max_batched_tokens: int | None = None
+    max_waiting: int | None = None
+    max_overtakes: int = DEFAULT_MAX_OVERTAKES
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +79,9 @@ class EngineConfig:
         max_batch_size: sequences computed together.
         max_batched_tokens: new tokens of all sequences in one step.
         prefill_beside_decode: prefill tokens in a step in which other sequences decode.
+        max_waiting: requests that may wait beside `max_batch_size` running ones; None: any number.
+        max_overtakes: how many requests of higher priority may be started ahead of one that has waited longer, before
+            it is raised to the highest priority; 0: any number.
     """
 
     max_seq_len: int
@@ -85,6 +93,8 @@ class EngineConfig:
     precision: str = "exact"
     max_batched_tokens: int = DEFAULT_BATCHED_TOKENS
     prefill_beside_decode: int = DEFAULT_PREFILL_BESIDE_DECODE
+    max_waiting: int | None = None
+    max_overtakes: int = DEFAULT_MAX_OVERTAKES
 
     @property
     def cache_tokens(self) -> int:
@@ -142,6 +152,9 @@ def resolve(
     _require(batched >= least, "max_batched_tokens", f"at least {least} (max_batch_size + 16)", batched)
     if options.num_threads is not None:
         _require(options.num_threads >= 1, "num_threads", "at least 1", options.num_threads)
+    if options.max_waiting is not None:
+        _require(options.max_waiting >= 0, "max_waiting", "0 or more, or None (any number)", options.max_waiting)
+    _require(options.max_overtakes >= 0, "max_overtakes", "0 (any number) or more", options.max_overtakes)
     return EngineConfig(
         max_seq_len=max_seq_len,
         n_pages=n_pages,
@@ -152,6 +165,8 @@ def resolve(
         precision=precision,
         max_batched_tokens=batched,
         prefill_beside_decode=min(beside_decode, batched),
+        max_waiting=options.max_waiting,
+        max_overtakes=options.max_overtakes,
     )
 
 

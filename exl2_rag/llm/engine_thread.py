@@ -34,11 +34,12 @@ class _Command:
 
 
 class Ticket:
-    """A submitted request, as its caller holds it."""
+    """A submitted request, as its caller holds it: one sequence, or several that continue one prompt."""
 
     def __init__(self, owner: EngineThread, sequence: Sequence, listener: Listener) -> None:
-        self.sequence = sequence
+        self.sequences = (sequence, *sequence.branches)
         self.listener = listener
+        self.n_unfinished = len(self.sequences)  # written by the engine's thread
         self.has_ended = False  # written by the engine's thread
         self.is_cancelled = False  # written by the caller's
         self._owner = owner
@@ -52,7 +53,8 @@ class Ticket:
     @property
     def holds_slot(self) -> bool:
         """Whether it is running now."""
-        return self.sequence.state is State.RUNNING and not self.is_cancelled and not self.has_ended
+        is_running = any(one.state is State.RUNNING for one in self.sequences)
+        return is_running and not self.is_cancelled and not self.has_ended
 
 
 class EngineThread:
@@ -75,13 +77,14 @@ class EngineThread:
     @property
     def active_requests(self) -> int:
         """Requests that run now. One that has finished, failed or been cancelled is not among them."""
-        return sum(ticket.holds_slot for ticket in list(self._tickets.values()))
+        return sum(ticket.holds_slot for ticket in set(self._tickets.values()))
 
     def submit(self, sequence: Sequence, listener: Listener) -> Ticket:
-        """Queue a prepared sequence.
+        """Queue a prepared sequence, with its branches.
 
         Args:
             listener: called with each update, from the engine's thread or from this one; must be quick and not raise.
+                Each sequence has a last update, unless there is an error, which ends all of the request.
 
         Raises:
             EngineClosedError: the engine is closed.
@@ -91,7 +94,7 @@ class EngineThread:
         def start() -> None:
             if ticket.is_cancelled:
                 return
-            self._tickets[sequence] = ticket
+            self._tickets.update(dict.fromkeys(ticket.sequences, ticket))
             try:
                 self._engine.add(sequence)
             except Exception as error:
@@ -104,8 +107,7 @@ class EngineThread:
         """Cancel a request; it gets no further news."""
 
         def stop() -> None:
-            if self._tickets.pop(ticket.sequence, None) is not None:
-                self._engine.abort(ticket.sequence)
+            self._drop(ticket)
 
         try:
             self._put(_Command(stop, lambda _error: None))
@@ -141,15 +143,15 @@ class EngineThread:
         """
         updates: queue.SimpleQueue[Update] = queue.SimpleQueue()
         ticket = self.submit(sequence, updates.put)
+        n_running = len(ticket.sequences)
         try:
-            while True:
+            while n_running:
                 update = updates.get()
                 if update.error is not None:
                     raise update.error
                 if update.piece is not None:
                     yield update.piece
-                if update.is_last:
-                    return
+                n_running -= update.is_last
         finally:
             ticket.cancel()
 
@@ -162,15 +164,18 @@ class EngineThread:
         pieces: dict[Sequence, list[StreamPiece]] = {sequence: [] for sequence in sequences}
         updates: queue.SimpleQueue[Update] = queue.SimpleQueue()
         tickets: list[Ticket] = []
-        n_running = len(pieces)
+        owners: dict[Sequence, Sequence] = {}
         try:
-            tickets += [self.submit(sequence, updates.put) for sequence in pieces]
+            for sequence in pieces:
+                owners.update(dict.fromkeys((sequence, *sequence.branches), sequence))
+                tickets.append(self.submit(sequence, updates.put))
+            n_running = len(owners)
             while n_running:
                 update = updates.get()
                 if update.error is not None:
                     raise update.error
                 if update.piece is not None:
-                    pieces[update.sequence].append(update.piece)
+                    pieces[owners[update.sequence]].append(update.piece)
                 n_running -= update.is_last
         finally:
             for ticket in tickets:
@@ -189,15 +194,15 @@ class EngineThread:
                 ticket.cancel()
 
         ticket = self.submit(sequence, tell)
+        n_running = len(ticket.sequences)
         try:
-            while not ticket.is_cancelled:
+            while n_running and not ticket.is_cancelled:
                 update = await updates.get()
                 if update.error is not None:
                     raise update.error
                 if update.piece is not None:
                     yield update.piece
-                if update.is_last:
-                    return
+                n_running -= update.is_last
         finally:
             ticket.cancel()
 
@@ -261,13 +266,26 @@ class EngineThread:
         if ticket is None:
             return
         if update.is_last:
-            ticket.has_ended = True
             del self._tickets[update.sequence]
+            ticket.n_unfinished -= 1
+            ticket.has_ended = ticket.n_unfinished == 0 or update.error is not None
+        if update.error is not None:
+            self._drop(ticket)
         ticket.listener(update)
 
+    def _drop(self, ticket: Ticket) -> None:
+        """Cancel what is left of a request; it gets no further news."""
+        for sequence in ticket.sequences:
+            if self._tickets.pop(sequence, None) is not None:
+                self._engine.abort(sequence)
+
     def _fail_all(self, make_error: Callable[[], Exl2RagError]) -> None:
-        for sequence in list(self._tickets):
-            self._deliver(Update(sequence, error=make_error()))
+        """Tell every caller; the engine is not touched, since what it holds may be broken."""
+        tickets = set(self._tickets.values())
+        self._tickets.clear()
+        for ticket in tickets:
+            ticket.has_ended = True
+            ticket.listener(Update(ticket.sequences[0], error=make_error()))
 
 
 def _step_error(cause: Exception) -> EngineError:

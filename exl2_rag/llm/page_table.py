@@ -204,6 +204,31 @@ class PageTable:
             held.copy = self._hold_rows(held, self.pages[match.source], match.n_rows)
         return held
 
+    def fork(self, held: HeldPages) -> HeldPages:
+        """Pages for a sequence that goes on from where another one is: full ones shared, the last one copied.
+
+        The caller carries out `copy`, if there is one, before anything else is written. Where no page is left to copy
+        to, the rows of the last page are left out.
+        """
+        n_full = len(held.keys)
+        branch = HeldPages(
+            root=held.root, pages=held.pages[:n_full], keys=list(held.keys), n_tokens=n_full * self.page_size
+        )
+        self._clock += 1
+        for index in branch.pages:
+            self._add_holder(self.pages[index])
+        self._holds[id(branch)] = branch
+        if held.n_tokens > branch.n_tokens:
+            source = self.pages[held.pages[n_full]]
+            target = self._take()
+            if target is not None:
+                target.n_holders = 1
+                self._enter(target, source.parent_key, source.token_ids, held.root)
+                branch.copy = PageCopy(source.index, target.index, len(source.token_ids))
+                branch.pages.append(target.index)
+                branch.n_tokens += len(source.token_ids)
+        return branch
+
     def extend(self, held: HeldPages, n_tokens: int) -> int:
         """Take pages until `n_tokens` tokens fit, or none is left; return how many tokens fit (at most `n_tokens`)."""
         while len(held.pages) * self.page_size < n_tokens:

@@ -6,9 +6,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from exl2_rag.errors import RequestError
 from exl2_rag.llm.logprobs import TokenLogprob
 from exl2_rag.llm.sampling.params import SamplingParams as SamplingParams  # noqa: PLC0414 (callers find it here)
 
@@ -30,6 +33,11 @@ class GenerationRequest:
         cache_salt: the tenant. Requests share cached pages with those of the same salt only, and None is a tenant of
             its own; so nobody can tell by the time to the first token what another tenant has asked.
         lora: LoRA adapters at work: a name, (name, scale), or several of either; see `ExL2LLM.load_lora`.
+        priority: higher ones are served first; see `exl2_rag.llm.scheduler`.
+        timeout_s: seconds it may take in all, waiting included; None is any time.
+
+    Raises:
+        RequestError: a value is out of range.
     """
 
     token_ids: tuple[int, ...]
@@ -37,6 +45,14 @@ class GenerationRequest:
     constraint: Constraint | None = None
     cache_salt: str | None = None
     lora: Lora | None = None
+    priority: int = 0
+    timeout_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.priority, int):
+            raise RequestError(f"priority must be a whole number, got {self.priority!r}")
+        if self.timeout_s is not None and not (math.isfinite(self.timeout_s) and self.timeout_s > 0):
+            raise RequestError(f"timeout_s must be above 0, or None (any time), got {self.timeout_s!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +83,10 @@ class GenerationResult:
     """A finished continuation. `token_ids` includes the stop token, if one ended it; `text` does not.
 
     Attributes:
+        usage, timings: of this continuation.
         logprobs: one for each of `token_ids`, if `SamplingParams.logprobs` asks for them; else None.
+        index: which of the continuations of one prompt it is.
+        alternatives: the others, of a request for several; only the first has them.
     """
 
     text: str
@@ -76,13 +95,28 @@ class GenerationResult:
     usage: Usage
     timings: Timings
     logprobs: tuple[TokenLogprob, ...] | None = None
+    index: int = 0
+    alternatives: tuple[GenerationResult, ...] = ()
+
+    @property
+    def choices(self) -> tuple[GenerationResult, ...]:
+        """All continuations of the prompt, this one first; `SamplingParams.n` of them."""
+        return (self, *self.alternatives)
+
+    @property
+    def total_usage(self) -> Usage:
+        """Token counts of all choices together; their prompt counts once."""
+        completion_tokens = sum(one.usage.completion_tokens for one in self.choices)
+        return Usage(self.usage.prompt_tokens, self.usage.cached_tokens, completion_tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class StreamPiece:
     """A piece of a continuation, whole characters only. Only the last piece has finish_reason, usage and timings.
 
-    `logprobs` has one entry for each of `token_ids`, if they were asked for.
+    Attributes:
+        logprobs: one for each of `token_ids`, if they were asked for.
+        index: which continuation it belongs to, where a request asked for several; each has a last piece.
     """
 
     text: str
@@ -91,6 +125,7 @@ class StreamPiece:
     usage: Usage | None = None
     timings: Timings | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
+    index: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,3 +159,11 @@ class CacheReport:
     def hit_rate(self) -> float:
         """Share of prompt tokens that came from the cache, 0 to 1."""
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+
+def branch_seed(seed: int, index: int) -> int:
+    """The seed of the continuation number `index` of a request with this seed; 0 is the seed itself."""
+    if index == 0:
+        return seed
+    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

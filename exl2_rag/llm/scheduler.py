@@ -1,9 +1,15 @@
 """Who runs, and how many tokens each computes in the next step. Knows integers only, no tensors.
 
 A step has a budget of new tokens. Sequences that decode come first, one token each; what is left goes to prompts, in
-slices, oldest first; then waiting requests are admitted, oldest first. Pages are taken as sequences grow. When none is
-left, the youngest running sequence gives up its pages and waits again; what it had computed stays cached as long as
-there is room, and the rest is computed anew. So the oldest always gets on, and nobody is lost.
+slices; then waiting requests are admitted. All in order of rank: higher priority first, and first come, first served
+among equals. Pages are taken as sequences grow. When none is left, the running sequence of the last rank gives up its
+pages and waits again; what it had computed stays cached as long as there is room, and the rest is computed anew. So
+the first in rank always gets on, and nobody is lost. A waiting request also takes the place of a running one of lower
+priority, if the batch or the cache is full.
+
+Priority is strict, with one exception, or low ones might wait for ever: when `max_overtakes` requests have been started
+ahead of ones that had waited longer, the one of these that has waited longest is raised to the highest priority. So
+however many urgent requests come, at least one in `max_overtakes + 1` of those started is the longest-waiting one.
 
 A waiting request whose prompt shares a prefix with one that is being computed just now waits for that one, and then
 takes the prefix from the cache instead of computing it a second time.
@@ -14,7 +20,7 @@ from __future__ import annotations
 from bisect import insort
 from dataclasses import dataclass, field
 
-from exl2_rag.errors import EngineError, Exl2RagError
+from exl2_rag.errors import EngineError, Exl2RagError, QueueFullError, RequestTimeoutError
 from exl2_rag.llm.engine_config import EngineConfig
 from exl2_rag.llm.page_table import PageCopy, PageTable, common_prefix
 from exl2_rag.llm.sequence import Sequence, State
@@ -55,25 +61,70 @@ class Scheduler:
 
     def __init__(self, table: PageTable, config: EngineConfig) -> None:
         self.table = table
-        self.waiting: list[Sequence] = []  # both in order of arrival
+        self.waiting: list[Sequence] = []  # both in order of rank
         self.running: list[Sequence] = []
         self.pinned: list[Sequence] = []
         self.n_preemptions = 0
         self._config = config
         self._n_arrivals = 0
         self._copies: list[PageCopy] = []  # for the next step, of sequences that gave up tokens
+        self._n_overtakes = 0
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a new request."""
+        """Queue a new request.
+
+        Raises:
+            QueueFullError: more would wait than `max_waiting` allows.
+        """
+        self._check_queue(sequence)
         sequence.arrival = self._n_arrivals
         self._n_arrivals += 1
-        self.waiting.append(sequence)
+        self._insert(self.waiting, sequence, State.WAITING)
+
+    def fork(self, sequence: Sequence) -> list[PageCopy]:
+        """Let the branches of a sequence whose prompt is computed go on from there.
+
+        A branch shares the full pages and gets a copy of the last one. One that finds no place in the batch waits; it
+        takes up the cached pages when it is admitted.
+
+        Returns:
+            The copies to make at once, before any other change of the cache.
+        """
+        assert sequence.held is not None
+        copies: list[PageCopy] = []
+        sequence.has_forked = True
+        for branch in sequence.branches:
+            if branch.state is not State.NEW:  # cancelled meanwhile
+                continue
+            branch.mark_forked(sequence)
+            if len(self.running) >= self._config.max_batch_size:
+                self._insert(self.waiting, branch, State.WAITING)
+                continue
+            branch.held = self.table.fork(sequence.held)
+            branch.is_decoding = True
+            self._insert(self.running, branch, State.RUNNING)
+            if branch.held.copy is not None:
+                copies.append(branch.held.copy)
+        return copies
+
+    def expire(self, now: float) -> list[tuple[Sequence, Exl2RagError]]:
+        """Take out the sequences whose time is over, and say so. `now` is on the clock of their deadlines, in s."""
+        late = [one for one in (*self.running, *self.waiting) if one.deadline is not None and one.deadline <= now]
+        failures: list[tuple[Sequence, Exl2RagError]] = []
+        for sequence in late:
+            failures.append((sequence, _timeout_error(sequence)))
+            self.remove(sequence)
+        return failures
 
     def remove(self, sequence: Sequence) -> None:
         """Take out a finished, failed or cancelled sequence; its pages stay cached. Harmless when it is out already."""
-        if sequence.state is State.ENDED:
-            return
-        (self.waiting if sequence.state is State.WAITING else self.running).remove(sequence)
+        if not sequence.has_forked:
+            for branch in sequence.branches:
+                self.remove(branch)
+        if sequence.state is State.WAITING:
+            self.waiting.remove(sequence)
+        elif sequence.state is State.RUNNING:
+            self.running.remove(sequence)
         sequence.state = State.ENDED
         if sequence.held is not None:
             self.table.release(sequence.held)
@@ -98,7 +149,8 @@ class Scheduler:
     def forget_all(self) -> None:
         """End every sequence and every pin without touching the page table, which is not to be used any more."""
         for sequence in (*self.waiting, *self.running, *self.pinned):
-            sequence.state = State.ENDED
+            for one in (sequence, *sequence.branches):
+                one.state = State.ENDED
             sequence.held = None
         self.waiting, self.running, self.pinned = [], [], []
 
@@ -147,13 +199,13 @@ class Scheduler:
         start = sequence.n_computed
         fitting = self.table.extend(sequence.held, start + n_tokens) - start
         while fitting <= 0:
-            youngest = self.running[-1]
-            if youngest is sequence:
-                # It keeps its pages: older sequences that need them will take them, and else it goes on next time.
+            last = self.running[-1]
+            if last is sequence:
+                # It keeps its pages: sequences before it that need them take them, and else it goes on next time.
                 if self.running[0] is sequence:
                     self._fail(plan, sequence)
                 return 0
-            self._preempt(plan, youngest)
+            self._preempt(plan, last)
             fitting = self.table.extend(sequence.held, start + n_tokens) - start
         plan.slices.append(Slice(sequence, start, fitting))
         return fitting
@@ -165,33 +217,80 @@ class Scheduler:
         self.table.release(sequence.held)
         sequence.held = None
         sequence.is_decoding = False
-        sequence.state = State.WAITING
-        insort(self.waiting, sequence, key=lambda one: one.arrival)
+        self._insert(self.waiting, sequence, State.WAITING)
         self.n_preemptions += 1
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
-        n_slots = self._config.max_batch_size - len(self.running)
+        n_kept = 0  # places of those that wait for a prefix, or those behind them could starve them
         for sequence in list(self.waiting):
-            if budget <= 0 or n_slots <= 0:
+            if budget <= 0:
                 return
-            n_slots -= 1  # one that waits for a prefix keeps its place, so that those behind it cannot starve it
+            while len(self.running) + n_kept >= self._config.max_batch_size:
+                if not self._preempt_lower(plan, sequence):
+                    return
             if self._waits_for_prefix(sequence):
+                n_kept += 1
                 continue
+            while not self._fits(sequence) and self._preempt_lower(plan, sequence):
+                pass
             if not self._fits(sequence):
                 if self.running:
                     return
                 self._fail(plan, sequence)
                 continue
             self.waiting.remove(sequence)
-            sequence.state = State.RUNNING
+            self._count_overtaking(sequence)
             sequence.held = held = self.table.hold(
                 sequence.token_ids, sequence.reuse_limit, sequence.page_keys, sequence.cache_root
             )
             sequence.mark_admitted(min(held.n_tokens, sequence.n_prompt))
             if held.copy is not None:
                 plan.copies.append(held.copy)
-            insort(self.running, sequence, key=lambda one: one.arrival)
+            self._insert(self.running, sequence, State.RUNNING)
             budget -= self._plan_slice(plan, sequence, min(sequence.n_pending, budget))
+
+    def _preempt_lower(self, plan: StepPlan, sequence: Sequence) -> bool:
+        """Preempt the running sequence of the last rank if its priority is lower; return whether it was."""
+        if not self.running or self.running[-1].priority >= sequence.priority:
+            return False
+        self._preempt(plan, self.running[-1])
+        return True
+
+    def _count_overtaking(self, sequence: Sequence) -> None:
+        """Note that a sequence is admitted, and raise the one that has waited longest if it was overtaken enough."""
+        behind = [
+            one
+            for one in (*self.waiting, *self.running)
+            if one.arrival < sequence.arrival and one.priority < sequence.priority and not one.is_decoding
+        ]
+        if not behind or not self._config.max_overtakes:
+            return
+        self._n_overtakes += 1
+        if self._n_overtakes >= self._config.max_overtakes:
+            self._n_overtakes = 0
+            self._raise(min(behind, key=lambda one: (one.arrival, one.index)), sequence.priority)
+
+    def _raise(self, sequence: Sequence, priority: int) -> None:
+        sequence.priority = max(sequence.priority, priority)
+        for queue in (self.waiting, self.running):
+            queue.sort(key=lambda one: one.rank)
+
+    def _insert(self, queue: list[Sequence], sequence: Sequence, state: State) -> None:
+        sequence.state = state
+        insort(queue, sequence, key=lambda one: one.rank)
+
+    def _check_queue(self, sequence: Sequence) -> None:
+        limit = self._config.max_waiting
+        if limit is None:
+            return
+        n_present = sum(one.n_slots for one in (*self.running, *self.waiting))
+        room = self._config.max_batch_size + limit - n_present
+        if sequence.n_slots > room:
+            raise QueueFullError(
+                f"the engine has {n_present} requests and takes {self._config.max_batch_size + limit} (max_batch_size "
+                f"{self._config.max_batch_size} and max_waiting {limit}), which leaves no room for {sequence.n_slots} "
+                "more; try again when some have finished, or give a larger max_waiting"
+            )
 
     def _waits_for_prefix(self, sequence: Sequence) -> bool:
         """Whether a running prompt is about to give this one a longer prefix than the cache has now."""
@@ -205,11 +304,13 @@ class Scheduler:
         limit = sequence.reuse_limit
         cached = self.table.lookup(sequence.token_ids, limit, sequence.page_keys, sequence.cache_root).n_tokens
         worth = cached + min(WORTH_WAITING_TOKENS, self.table.page_size)
-        return any(
-            one.n_computed < (shared := min(common_prefix(one.token_ids, sequence.token_ids), limit))
-            and shared >= worth
-            for one in computing
-        )
+        for one in computing:
+            shared = min(common_prefix(one.token_ids, sequence.token_ids), limit)
+            if one.n_computed < shared and shared >= worth:
+                if one.priority < sequence.priority:  # who does the work of an urgent one is as urgent
+                    self._raise(one, sequence.priority)
+                return True
+        return False
 
     def _fits(self, sequence: Sequence) -> bool:
         """Whether its tokens so far find room beside what the running sequences will still take for theirs."""
@@ -236,3 +337,16 @@ class Scheduler:
         )
         plan.slices = [one for one in plan.slices if one.sequence is not sequence]
         self.remove(sequence)
+
+
+def _timeout_error(sequence: Sequence) -> RequestTimeoutError:
+    if sequence.n_new:
+        done = f"it had {sequence.n_new} of at most {sequence.max_new_tokens} new tokens"
+    elif sequence.n_cached_tokens is None:
+        done = "it was still waiting"
+    else:
+        done = f"{min(sequence.n_computed, sequence.n_prompt)} of {sequence.n_prompt} prompt tokens were computed"
+    return RequestTimeoutError(
+        f"the request did not finish within its timeout_s of {sequence.timeout_s:g} s: {done}; allow more time, ask "
+        "for fewer tokens, or give it a higher priority"
+    )

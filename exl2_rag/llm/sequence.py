@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 
 class State(Enum):
-    """Where a sequence is. A new or preempted one waits; an ended one never comes back."""
+    """Where a sequence is. A preempted one waits again; an ended one never comes back."""
 
+    NEW = "new"  # not queued yet, or a branch of a request whose prompt is not computed yet
     WAITING = "waiting"
     RUNNING = "running"
     ENDED = "ended"
@@ -57,6 +58,9 @@ class Sequence:
         cache_root: what its pages hang below (`fingerprint.root_key`); only sequences of one root share pages. None is
             the page table's own root.
         lora: the adapters at work on it.
+        priority: higher ones come first.
+        timeout_s: seconds it may take from now on, waiting included; None is any time.
+        index: which of the continuations of one prompt it is.
     """
 
     def __init__(
@@ -73,6 +77,9 @@ class Sequence:
         keep_pages: bool = False,
         cache_root: bytes | None = None,
         lora: LoraSet = (),
+        priority: int = 0,
+        timeout_s: float | None = None,
+        index: int = 0,
     ) -> None:
         self.token_ids = list(token_ids)
         self.n_prompt = len(token_ids)
@@ -87,7 +94,13 @@ class Sequence:
         self.cache_root = cache_root
         self.lora = lora
 
-        self.state = State.WAITING
+        self.priority = priority  # may be raised by the scheduler
+        self.timeout_s = timeout_s
+        self.index = index
+        self.branches: tuple[Sequence, ...] = ()  # the other continuations, if this is the first of several
+        self.has_forked = False  # its branches go their own ways
+
+        self.state = State.NEW
         self.arrival = -1  # place in the order of arrival, given by the scheduler
         self.held: HeldPages | None = None
         self.page_keys: list[bytes] = []  # of its leading full pages, as far as they have been looked up
@@ -96,6 +109,7 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self.n_handed_out = 0  # new tokens that left in a `StreamPiece`
         self._created = time.perf_counter()
+        self.deadline = None if timeout_s is None else self._created + timeout_s  # on the clock of `perf_counter`
         self._admitted: float | None = None
         self._first_token: float | None = None
 
@@ -113,6 +127,16 @@ class Sequence:
     def n_new(self) -> int:
         """Tokens added to the prompt."""
         return len(self.token_ids) - self.n_prompt
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        """Its place among all: the smaller comes first. Higher priority, then earlier arrival."""
+        return -self.priority, self.arrival, self.index
+
+    @property
+    def n_slots(self) -> int:
+        """Places it takes in the batch and the queue, those of its branches included until they are on their own."""
+        return 1 if self.has_forked else 1 + len(self.branches)
 
     @property
     def reuse_limit(self) -> int:
@@ -140,6 +164,14 @@ class Sequence:
         if self.n_cached_tokens is None:
             self.n_cached_tokens = n_cached
             self._admitted = time.perf_counter()
+
+    def mark_forked(self, sequence: Sequence) -> None:
+        """Note that it goes on from where `sequence` is, which shares its prompt."""
+        self.arrival = sequence.arrival
+        self.priority = sequence.priority
+        self.page_keys = list(sequence.page_keys)
+        self.n_cached_tokens = sequence.n_cached_tokens
+        self._admitted = sequence._admitted
 
     def mark_progress(self) -> None:
         """Note that the first token, or whatever else was asked for, is there."""

@@ -17,6 +17,7 @@ HONOURED = (
     "stop",
     "stop_token_ids",
     "ignore_eos",
+    "n",
 )
 
 

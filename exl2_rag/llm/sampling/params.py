@@ -88,6 +88,8 @@ class SamplingParams:
         stop: strings that end the text; they are not part of it.
         stop_token_ids: token ids that end the text, beside the model's own end-of-sequence ids.
         ignore_eos: go on past the model's end-of-sequence ids.
+        n: continuations of one prompt, which is computed once. The first is the one that n = 1 gives; the others draw
+            with seeds made from its seed. They come as `GenerationResult.choices`, or as pieces with an `index`.
 
     Raises:
         RequestError: a value is out of range.
@@ -139,6 +141,7 @@ class SamplingParams:
     cfg_scale: float = 1.0
     negative_prompt: NegativePrompt | None = field(default=None, hash=False)
     logprobs: int | None = None
+    n: int = 1
 
     def __post_init__(self) -> None:
         for name, values in RANGES.items():

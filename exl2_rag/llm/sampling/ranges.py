@@ -92,5 +92,6 @@ RANGES: dict[str, Range] = {
     "no_repeat_ngram_size": _count("a whole number, 0 (off) or more"),
     "cfg_scale": Range("a finite number of at least 0; 1 is off", 0),
     "logprobs": _count(f"a whole number from 0 to {MAX_LOGPROBS}, or None", optional=True, high=MAX_LOGPROBS),
+    "n": _count("a whole number of at least 1", 1),
     "seed": _count("a whole number from 0 to 2**63 - 1, or None", optional=True, high=2**63 - 1),
 }
