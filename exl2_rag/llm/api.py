@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, Unpack, cast, overload
 from exl2_rag.errors import ModelNotFoundError, RequestError
 from exl2_rag.llm.chat_template import ChatTemplate, Message, encode_chat
 from exl2_rag.llm.config import ModelConfig
-from exl2_rag.llm.engine_config import EngineConfig, EngineOptions, refuse_unsupported
+from exl2_rag.llm.engine_config import DEFAULT_MAX_OVERTAKES, EngineConfig, EngineOptions, refuse_unsupported
 from exl2_rag.llm.engine_loader import load_engine
 from exl2_rag.llm.engine_thread import EngineThread
 from exl2_rag.llm.pin import Pin
@@ -54,6 +54,10 @@ class ExL2LLM:
         num_threads: threads of the CPU kernels, in the whole process; default: the processors it may use.
         page_size: tokens of a cache page; 16, 32, 64, 128 or 256.
         max_batched_tokens: new tokens computed in one step; more is faster for long prompts, and coarser to cancel.
+        max_waiting: requests that may wait for a place in the batch; one more fails with QueueFullError. Default: any
+            number.
+        max_overtakes: requests of higher priority that may be started ahead of one that has waited longer; then that
+            one is raised to the highest priority. 0: any number, so that low priorities can wait for ever.
         draft_model, kv_store: not available in this version.
 
     Raises:
@@ -74,6 +78,8 @@ class ExL2LLM:
         num_threads: int | None = None,
         page_size: int | None = None,
         max_batched_tokens: int | None = None,
+        max_waiting: int | None = None,
+        max_overtakes: int = DEFAULT_MAX_OVERTAKES,
         draft_model: str | Path | None = None,
         kv_store: str | Path | None = None,
     ) -> None:
@@ -88,6 +94,8 @@ class ExL2LLM:
             num_threads=num_threads,
             page_size=page_size,
             max_batched_tokens=max_batched_tokens,
+            max_waiting=max_waiting,
+            max_overtakes=max_overtakes,
         )
         self.model_dir = Path(model_dir).expanduser()
         if not self.model_dir.is_dir():

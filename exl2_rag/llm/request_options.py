@@ -19,8 +19,12 @@ class RequestOptions(TypedDict, total=False):
         constraint: what the continuation must obey.
         cache_salt: the tenant, see `GenerationRequest`.
         lora: LoRA adapters at work: a name, (name, scale), or a list of such; see `ExL2LLM.load_lora`.
+        priority: requests of a higher one are served first, and take the place of those of a lower one; 0 by default.
+        timeout_s: seconds the request may take, waiting included; then it fails with RequestTimeoutError.
     """
 
     constraint: Constraint | None
     cache_salt: str | None
     lora: Lora | None
+    priority: int
+    timeout_s: float | None

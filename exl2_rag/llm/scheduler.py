@@ -178,6 +178,7 @@ class Scheduler:
             budget = min(budget, self._config.prefill_beside_decode)
         n_preemptions = self.n_preemptions
         for sequence in [one for one in self.running if not one.is_decoding]:
+            budget = self._admit(plan, budget, ahead_of=sequence)
             budget -= self._plan_slice(plan, sequence, min(sequence.n_pending, budget))
         stalled = len(plan.slices) < len(self.running) and budget > 0
         if not stalled and self.n_preemptions == n_preemptions:
@@ -220,14 +221,15 @@ class Scheduler:
         self._insert(self.waiting, sequence, State.WAITING)
         self.n_preemptions += 1
 
-    def _admit(self, plan: StepPlan, budget: int) -> None:
+    def _admit(self, plan: StepPlan, budget: int, ahead_of: Sequence | None = None) -> int:
+        """Start waiting requests, or those more urgent than `ahead_of`; return what is left of the budget."""
         n_kept = 0  # places of those that wait for a prefix, or those behind them could starve them
         for sequence in list(self.waiting):
-            if budget <= 0:
-                return
+            if budget <= 0 or (ahead_of is not None and sequence.priority <= ahead_of.priority):
+                return budget
             while len(self.running) + n_kept >= self._config.max_batch_size:
                 if not self._preempt_lower(plan, sequence):
-                    return
+                    return budget
             if self._waits_for_prefix(sequence):
                 n_kept += 1
                 continue
@@ -235,7 +237,7 @@ class Scheduler:
                 pass
             if not self._fits(sequence):
                 if self.running:
-                    return
+                    return budget
                 self._fail(plan, sequence)
                 continue
             self.waiting.remove(sequence)
@@ -248,6 +250,7 @@ class Scheduler:
                 plan.copies.append(held.copy)
             self._insert(self.running, sequence, State.RUNNING)
             budget -= self._plan_slice(plan, sequence, min(sequence.n_pending, budget))
+        return budget
 
     def _preempt_lower(self, plan: StepPlan, sequence: Sequence) -> bool:
         """Preempt the running sequence of the last rank if its priority is lower; return whether it was."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import json
 import os
@@ -29,6 +30,7 @@ from exl2_rag.errors import (
     ModelError,
     ModelNotFoundError,
     RequestError,
+    RequestTimeoutError,
     SettingsError,
     TokenizerError,
     UnsupportedModelError,
@@ -142,6 +144,34 @@ def test_a_seed_gives_the_same_text_alone_and_in_a_batch(llm: ExL2LLM) -> None:
     batch = llm.generate(["other", "seeded", "a third, rather longer prompt"], sampling)
     assert batch[1].token_ids == alone.token_ids
     assert llm.generate("seeded", SamplingParams(max_tokens=20, temperature=1.5, seed=4)).token_ids != alone.token_ids
+
+
+def test_several_continuations_of_a_prompt_come_as_choices(llm: ExL2LLM) -> None:
+    how = SamplingParams(max_tokens=6, temperature=1.5, seed=3, ignore_eos=True)
+    several = dataclasses.replace(how, n=3)
+    result = llm.generate("one prompt", several)
+    assert [one.index for one in result.choices] == [0, 1, 2]
+    assert result.choices[0] is result
+    assert result.token_ids == llm.generate("one prompt", how).token_ids
+    assert len({one.token_ids for one in result.choices}) == 3
+    assert result.total_usage.completion_tokens == 18
+    assert result.total_usage.prompt_tokens == result.usage.prompt_tokens
+    streamed: dict[int, str] = {0: "", 1: "", 2: ""}
+    for piece in llm.stream("one prompt", several):
+        streamed[piece.index] += piece.text
+    assert [streamed[index] for index in range(3)] == [one.text for one in result.choices]
+    batch = llm.generate(["one prompt", "another"], several)
+    assert [len(one.choices) for one in batch] == [3, 3]
+    assert batch[0].choices[2].token_ids == result.choices[2].token_ids
+
+
+def test_a_request_takes_a_priority_and_a_timeout(llm: ExL2LLM) -> None:
+    assert llm.generate("text", GREEDY, priority=3, timeout_s=60).finish_reason == "length"
+    with pytest.raises(RequestTimeoutError, match="timeout_s of 1e-06 s"):
+        llm.generate("text", GREEDY, timeout_s=1e-6)
+    with pytest.raises(RequestError, match="priority must be a whole number"):
+        llm.generate("text", GREEDY, priority=1.5)  # type: ignore[arg-type]
+    assert llm.active_requests == 0
 
 
 def test_the_defaults_are_those_of_sampling_params(llm: ExL2LLM) -> None:

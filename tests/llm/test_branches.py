@@ -197,7 +197,7 @@ def test_an_error_of_one_branch_is_the_error_of_the_request() -> None:
     thread = EngineThread(engine)
     updates: queue.SimpleQueue[Update] = queue.SimpleQueue()
     sequence = prepare(engine, prompt(3, 20), several(3, max_tokens=200))
-    sequence.branches[1].deadline = 0.0
+    sequence.branches[1].deadline, sequence.branches[1].timeout_s = 0.0, 1.0
     ticket = thread.submit(sequence, updates.put)
     while (update := updates.get(timeout=60)).error is None:
         pass
