@@ -34,8 +34,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "exl2_rag.llm.sampling": (*SHARED, "exl2_rag.llm.sampling"),
     "exl2_rag.llm.scheduler": (
         *SHARED, "exl2_rag.llm.page_table", "exl2_rag.llm.sequence", "exl2_rag.llm.request",
-        "exl2_rag.llm.engine_config",
+        "exl2_rag.llm.engine_config", "exl2_rag.llm.step_times",
     ),
+    "exl2_rag.llm.step_times": SHARED,
     "exl2_rag.retrieval": (*SHARED, "exl2_rag.retrieval"),
     "exl2_rag.qa": (*SHARED, "exl2_rag.qa", "exl2_rag.llm", "exl2_rag.retrieval"),
     "exl2_rag.adapters": (
@@ -47,6 +48,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 EXCEPTIONS = {("exl2_rag.llm.api", "exl2_rag.adapters")}
 NO_TORCH = (
     "exl2_rag.llm.page_table", "exl2_rag.llm.scheduler", "exl2_rag.llm.request", "exl2_rag.llm.logprobs",
+    "exl2_rag.llm.step_times",
     "exl2_rag.llm.sampling.params", "exl2_rag.llm.sampling.ranges", "exl2_rag.retrieval.fusion",
 )  # fmt: skip
 FRAMEWORKS = {"langchain_core": "exl2_rag.adapters.langchain", "llama_index": "exl2_rag.adapters.llama_index"}

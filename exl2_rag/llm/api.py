@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any, Self, Unpack, cast, overload
 from exl2_rag.errors import ModelNotFoundError, RequestError
 from exl2_rag.llm.chat_template import ChatTemplate, Message, encode_chat
 from exl2_rag.llm.config import ModelConfig
-from exl2_rag.llm.engine_config import DEFAULT_MAX_OVERTAKES, EngineConfig, EngineOptions, refuse_unsupported
+from exl2_rag.llm.engine_config import (
+    DEFAULT_MAX_INTER_TOKEN_GAP,
+    DEFAULT_MAX_OVERTAKES,
+    EngineConfig,
+    EngineOptions,
+    refuse_unsupported,
+)
 from exl2_rag.llm.engine_loader import load_engine
 from exl2_rag.llm.engine_thread import EngineThread
 from exl2_rag.llm.pin import Pin
@@ -58,6 +64,9 @@ class ExL2LLM:
             number.
         max_overtakes: requests of higher priority that may be started ahead of one that has waited longer; then that
             one is raised to the highest priority. 0: any number, so that low priorities can wait for ever.
+        max_inter_token_gap: the longest time from one token of a text to its next while prompts are computed, as a
+            multiple of the usual one; prompts are cut so that it holds. Larger: longer gaps, quicker prompts. None: no
+            promise, prompts are cut by a fixed number of tokens.
         draft_model, kv_store: not available in this version.
 
     Raises:
@@ -80,6 +89,7 @@ class ExL2LLM:
         max_batched_tokens: int | None = None,
         max_waiting: int | None = None,
         max_overtakes: int = DEFAULT_MAX_OVERTAKES,
+        max_inter_token_gap: float | None = DEFAULT_MAX_INTER_TOKEN_GAP,
         draft_model: str | Path | None = None,
         kv_store: str | Path | None = None,
     ) -> None:
@@ -96,6 +106,7 @@ class ExL2LLM:
             max_batched_tokens=max_batched_tokens,
             max_waiting=max_waiting,
             max_overtakes=max_overtakes,
+            max_inter_token_gap=max_inter_token_gap,
         )
         self.model_dir = Path(model_dir).expanduser()
         if not self.model_dir.is_dir():

@@ -208,7 +208,8 @@ class Engine:
         Raises:
             Exception: anything that concerns all sequences; then `reset` is due.
         """
-        expired = self._scheduler.expire(time.perf_counter())
+        started = time.perf_counter()
+        expired = self._scheduler.expire(started)
         plan = self._scheduler.plan()
         updates = [Update(sequence, error=error) for sequence, error in (*expired, *plan.failures)]
         self._runner.copy_rows(plan.copies)
@@ -223,7 +224,9 @@ class Engine:
                     to_sample.append((one.sequence, logits))
             elif update := self._advance_prompt(one, logits):
                 updates.append(update)
-        return updates + self._advance_text(to_sample)
+        updates += self._advance_text(to_sample)
+        self._scheduler.measured(plan, time.perf_counter() - started)
+        return updates
 
     def reset(self) -> None:
         """Forget all sequences and the whole cache, after a step that failed as a whole."""

@@ -23,6 +23,9 @@ DEFAULT_PREFILL_BESIDE_DECODE = 128
 CUDA_BATCHED_TOKENS = 2048
 CUDA_PREFILL_BESIDE_DECODE = 512
 
+# A step that also computes a prompt takes at most so many times as long as one that only decodes.
+DEFAULT_MAX_INTER_TOKEN_GAP = 3.0
+LEAST_INTER_TOKEN_GAP = 1.5
 # A request of low priority that is always overtaken moves up after so many times.
 DEFAULT_MAX_OVERTAKES = 8
 
@@ -50,6 +53,7 @@ class EngineOptions:
     max_batched_tokens: int | None = None
     max_waiting: int | None = None
     max_overtakes: int = DEFAULT_MAX_OVERTAKES
+    max_inter_token_gap: float | None = DEFAULT_MAX_INTER_TOKEN_GAP
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +82,12 @@ class EngineConfig:
         n_pages, page_size: the KV cache.
         max_batch_size: sequences computed together.
         max_batched_tokens: new tokens of all sequences in one step.
-        prefill_beside_decode: prefill tokens in a step in which other sequences decode.
+        prefill_beside_decode: prefill tokens in a step in which other sequences decode, where no times are measured.
         max_waiting: requests that may wait beside `max_batch_size` running ones; None: any number.
         max_overtakes: how many requests of higher priority may be started ahead of one that has waited longer, before
             it is raised to the highest priority; 0: any number.
+        max_inter_token_gap: how much longer than usual a step may take because of prefill, as a multiple; then the
+            slices of prompts are chosen by measured times. None: by `prefill_beside_decode` alone.
     """
 
     max_seq_len: int
@@ -95,6 +101,7 @@ class EngineConfig:
     prefill_beside_decode: int = DEFAULT_PREFILL_BESIDE_DECODE
     max_waiting: int | None = None
     max_overtakes: int = DEFAULT_MAX_OVERTAKES
+    max_inter_token_gap: float | None = None
 
     @property
     def cache_tokens(self) -> int:
@@ -155,6 +162,13 @@ def resolve(
     if options.max_waiting is not None:
         _require(options.max_waiting >= 0, "max_waiting", "0 or more, or None (any number)", options.max_waiting)
     _require(options.max_overtakes >= 0, "max_overtakes", "0 (any number) or more", options.max_overtakes)
+    gap = options.max_inter_token_gap
+    _require(
+        gap is None or gap >= LEAST_INTER_TOKEN_GAP,
+        "max_inter_token_gap",
+        f"at least {LEAST_INTER_TOKEN_GAP} (times the usual step), or None",
+        gap,
+    )
     return EngineConfig(
         max_seq_len=max_seq_len,
         n_pages=n_pages,
@@ -167,6 +181,7 @@ def resolve(
         prefill_beside_decode=min(beside_decode, batched),
         max_waiting=options.max_waiting,
         max_overtakes=options.max_overtakes,
+        max_inter_token_gap=gap,
     )
 
 

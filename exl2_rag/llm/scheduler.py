@@ -1,11 +1,11 @@
 """Who runs, and how many tokens each computes in the next step. Knows integers only, no tensors.
 
 A step has a budget of new tokens. Sequences that decode come first, one token each; what is left goes to prompts, in
-slices; then waiting requests are admitted. All in order of rank: higher priority first, and first come, first served
-among equals. Pages are taken as sequences grow. When none is left, the running sequence of the last rank gives up its
-pages and waits again; what it had computed stays cached as long as there is room, and the rest is computed anew. So
-the first in rank always gets on, and nobody is lost. A waiting request also takes the place of a running one of lower
-priority, if the batch or the cache is full.
+slices, as far as those who decode may be kept waiting (`step_times`); then waiting requests are admitted. All in order
+of rank: higher priority first, and first come, first served among equals. Pages are taken as sequences grow. When none
+is left, the running sequence of the last rank gives up its pages and waits again; what it had computed stays cached as
+long as there is room, and the rest is computed anew. So the first in rank always gets on, and nobody is lost. A waiting
+request also takes the place of a running one of lower priority, if the batch or the cache is full.
 
 Priority is strict, with one exception, or low ones might wait for ever: when `max_overtakes` requests have been started
 ahead of ones that had waited longer, the one of these that has waited longest is raised to the highest priority. So
@@ -24,18 +24,27 @@ from exl2_rag.errors import EngineError, Exl2RagError, QueueFullError, RequestTi
 from exl2_rag.llm.engine_config import EngineConfig
 from exl2_rag.llm.page_table import PageCopy, PageTable, common_prefix
 from exl2_rag.llm.sequence import Sequence, State
+from exl2_rag.llm.step_times import PrefillBudget, StepTimes
 
 # Waiting for another request's prefix costs a step; a few shared tokens are not worth it.
 WORTH_WAITING_TOKENS = 16
 
+# What a sequence that decodes adds to a step: a token, a few forced ones, a draft. More than that is cut like a prompt.
+MOST_DECODED_TOKENS = 16
+
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Compute the `n_tokens` tokens of `sequence` that begin at position `start`."""
+    """Compute the `n_tokens` tokens of `sequence` that begin at position `start`.
+
+    Attributes:
+        decodes: what a sequence that decodes takes in every step; else it is a piece of a prompt.
+    """
 
     sequence: Sequence
     start: int
     n_tokens: int
+    decodes: bool = False
 
     @property
     def reaches_end(self) -> bool:
@@ -55,6 +64,11 @@ class StepPlan:
     slices: list[Slice] = field(default_factory=list)
     failures: list[tuple[Sequence, Exl2RagError]] = field(default_factory=list)
 
+    @property
+    def n_decoded(self) -> int:
+        """Tokens of the sequences that decode."""
+        return sum(one.n_tokens for one in self.slices if one.decodes)
+
 
 class Scheduler:
     """Plans the steps for all sequences over one page table."""
@@ -69,6 +83,7 @@ class Scheduler:
         self._n_arrivals = 0
         self._copies: list[PageCopy] = []  # for the next step, of sequences that gave up tokens
         self._n_overtakes = 0
+        self._times = None if config.max_inter_token_gap is None else StepTimes(config.max_inter_token_gap)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new request.
@@ -171,19 +186,38 @@ class Scheduler:
         """Decide the next step. Takes pages, and preempts where none is left."""
         plan = StepPlan(copies=self._copies)
         self._copies = []
-        budget = self._config.max_batched_tokens
-        for sequence in [one for one in self.running if one.is_decoding]:
-            budget -= self._plan_slice(plan, sequence, min(sequence.n_pending, budget))
-        if plan.slices:
-            budget = min(budget, self._config.prefill_beside_decode)
+        decoding = [one for one in self.running if one.is_decoding and one.n_pending <= MOST_DECODED_TOKENS]
+        n_left = self._config.max_batched_tokens
+        for sequence in decoding:
+            n_left -= self._plan_slice(plan, sequence, min(sequence.n_pending, n_left), decodes=True)
+        budget = self._prefill_budget(plan)
         n_preemptions = self.n_preemptions
-        for sequence in [one for one in self.running if not one.is_decoding]:
-            budget = self._admit(plan, budget, ahead_of=sequence)
-            budget -= self._plan_slice(plan, sequence, min(sequence.n_pending, budget))
-        stalled = len(plan.slices) < len(self.running) and budget > 0
+        for sequence in [one for one in self.running if one not in decoding]:
+            self._admit(plan, budget, ahead_of=sequence)
+            self._plan_prefill(plan, sequence, budget)
+        stalled = len(plan.slices) < len(self.running) and not budget.is_spent
         if not stalled and self.n_preemptions == n_preemptions:
             self._admit(plan, budget)
         return plan
+
+    def measured(self, plan: StepPlan, seconds: float) -> None:
+        """Note how long the whole step of `plan` took, for the budgets of later ones."""
+        if self._times is not None and plan.slices:
+            prefill = [(one.start, one.n_tokens) for one in plan.slices if not one.decodes]
+            self._times.add(plan.n_decoded, prefill, seconds)
+
+    def _prefill_budget(self, plan: StepPlan) -> PrefillBudget:
+        """What a step with the decoded tokens of `plan` may take on beside them."""
+        n_left = self._config.max_batched_tokens - plan.n_decoded
+        if not plan.slices:
+            return PrefillBudget(n_left)
+        if self._times is None:
+            return PrefillBudget(min(n_left, self._config.prefill_beside_decode))
+        return self._times.budget(plan.n_decoded, n_left, self._config.prefill_beside_decode)
+
+    def _plan_prefill(self, plan: StepPlan, sequence: Sequence, budget: PrefillBudget) -> None:
+        start = sequence.n_computed
+        budget.spend(start, self._plan_slice(plan, sequence, min(sequence.n_pending, budget.most(start))))
 
     def complete(self, plan: StepPlan) -> None:
         """Note that the forward pass of `plan` has been carried out."""
@@ -192,7 +226,7 @@ class Scheduler:
             self.table.commit(one.sequence.held, one.sequence.token_ids[one.start : one.start + one.n_tokens])
             one.sequence.is_decoding = one.sequence.is_decoding or one.reaches_end
 
-    def _plan_slice(self, plan: StepPlan, sequence: Sequence, n_tokens: int) -> int:
+    def _plan_slice(self, plan: StepPlan, sequence: Sequence, n_tokens: int, *, decodes: bool = False) -> int:
         """Plan up to `n_tokens` tokens of a running sequence; return how many."""
         if sequence.state is not State.RUNNING or n_tokens <= 0:
             return 0
@@ -208,7 +242,7 @@ class Scheduler:
                 return 0
             self._preempt(plan, last)
             fitting = self.table.extend(sequence.held, start + n_tokens) - start
-        plan.slices.append(Slice(sequence, start, fitting))
+        plan.slices.append(Slice(sequence, start, fitting, decodes))
         return fitting
 
     def _preempt(self, plan: StepPlan, sequence: Sequence) -> None:
@@ -221,15 +255,15 @@ class Scheduler:
         self._insert(self.waiting, sequence, State.WAITING)
         self.n_preemptions += 1
 
-    def _admit(self, plan: StepPlan, budget: int, ahead_of: Sequence | None = None) -> int:
-        """Start waiting requests, or those more urgent than `ahead_of`; return what is left of the budget."""
+    def _admit(self, plan: StepPlan, budget: PrefillBudget, ahead_of: Sequence | None = None) -> None:
+        """Start waiting requests, or only those more urgent than `ahead_of`."""
         n_kept = 0  # places of those that wait for a prefix, or those behind them could starve them
         for sequence in list(self.waiting):
-            if budget <= 0 or (ahead_of is not None and sequence.priority <= ahead_of.priority):
-                return budget
+            if budget.is_spent or (ahead_of is not None and sequence.priority <= ahead_of.priority):
+                return
             while len(self.running) + n_kept >= self._config.max_batch_size:
                 if not self._preempt_lower(plan, sequence):
-                    return budget
+                    return
             if self._waits_for_prefix(sequence):
                 n_kept += 1
                 continue
@@ -237,7 +271,7 @@ class Scheduler:
                 pass
             if not self._fits(sequence):
                 if self.running:
-                    return budget
+                    return
                 self._fail(plan, sequence)
                 continue
             self.waiting.remove(sequence)
@@ -249,8 +283,7 @@ class Scheduler:
             if held.copy is not None:
                 plan.copies.append(held.copy)
             self._insert(self.running, sequence, State.RUNNING)
-            budget -= self._plan_slice(plan, sequence, min(sequence.n_pending, budget))
-        return budget
+            self._plan_prefill(plan, sequence, budget)
 
     def _preempt_lower(self, plan: StepPlan, sequence: Sequence) -> bool:
         """Preempt the running sequence of the last rank if its priority is lower; return whether it was."""
