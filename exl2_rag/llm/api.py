@@ -23,6 +23,7 @@ from exl2_rag.llm.engine_config import (
 )
 from exl2_rag.llm.engine_loader import load_engine
 from exl2_rag.llm.engine_thread import EngineThread
+from exl2_rag.llm.health import DEFAULT_STUCK_AFTER_S, EngineHealth
 from exl2_rag.llm.pin import Pin
 from exl2_rag.llm.prompts import Prompt, Prompts, as_batch, as_token_ids
 from exl2_rag.llm.request import CacheReport, GenerationRequest, GenerationResult, SamplingParams, StreamPiece, Usage
@@ -144,6 +145,17 @@ class ExL2LLM:
     def active_requests(self) -> int:
         """Requests that run now. One that has finished, failed or been cancelled holds nothing."""
         return self._thread.active_requests
+
+    def health(self, stuck_after_s: float = DEFAULT_STUCK_AFTER_S) -> EngineHealth:
+        """How the engine is: idle, busy, stuck, closed or dead; queue lengths, step times and tokens a second.
+
+        Answers at once from any thread, also while a step never ends.
+
+        Args:
+            stuck_after_s: the engine counts as stuck when it has work and no step has ended for so long. A step that
+                computes a long prompt on a slow machine may take seconds.
+        """
+        return self._thread.health(stuck_after_s)
 
     # --- text ------------------------------------------------------------------------------------------------------
 

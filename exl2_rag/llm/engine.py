@@ -109,6 +109,7 @@ class Engine:
         self._identity_digest = b"" if identity is None else identity.digest()
         self._loras = loras
         self._scheduler = self._fresh_scheduler()
+        self.n_computed_last = 0  # tokens of the last step
         self._n_prompt_tokens = 0
         self._n_cached_tokens = 0
 
@@ -120,6 +121,11 @@ class Engine:
     def cache_root(self, salt: str | None = None, lora: Iterable[tuple[str, float]] = ()) -> bytes:
         """The root of the pages of a request. Arguments and errors as for `fingerprint.root_key`."""
         return root_key(self._identity_digest, salt=salt, lora=lora)
+
+    @property
+    def queue_lengths(self) -> tuple[int, int]:
+        """How many sequences run, and how many wait. May be read from any thread."""
+        return len(self._scheduler.running), len(self._scheduler.waiting)
 
     def prepare(self, request: GenerationRequest) -> Sequence:
         """Check a request and make what it needs, without queueing it. Safe from any thread.
@@ -213,6 +219,7 @@ class Engine:
         plan = self._scheduler.plan()
         updates = [Update(sequence, error=error) for sequence, error in (*expired, *plan.failures)]
         self._runner.copy_rows(plan.copies)
+        self.n_computed_last = sum(one.n_tokens for one in plan.slices)
         if not plan.slices:
             return updates
         rows = self._runner.run(plan.slices)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable
 from concurrent.futures import Future
@@ -18,6 +19,7 @@ from typing import TypeVar
 
 from exl2_rag.errors import EngineClosedError, EngineError, Exl2RagError
 from exl2_rag.llm.engine import Engine, Update, as_engine_error
+from exl2_rag.llm.health import EngineHealth, Status, StepMonitor
 from exl2_rag.llm.request import StreamPiece
 from exl2_rag.llm.sequence import Sequence, State
 
@@ -64,7 +66,10 @@ class EngineThread:
         self._engine = engine
         self._condition = threading.Condition()
         self._inbox: deque[_Command] = deque()
+        self._inbox_since = 0.0  # when the first of the commands that are in it came
         self._is_closing = False
+        self._ended_by: str | None = None
+        self._monitor = StepMonitor()
         self._tickets: dict[Sequence, Ticket] = {}
         self._thread = threading.Thread(target=self._run, name="exl2-rag engine", daemon=True)
         self._thread.start()
@@ -78,6 +83,35 @@ class EngineThread:
     def active_requests(self) -> int:
         """Requests that run now. One that has finished, failed or been cancelled is not among them."""
         return sum(ticket.holds_slot for ticket in set(self._tickets.values()))
+
+    def health(self, stuck_after_s: float) -> EngineHealth:
+        """How the engine is, whatever its thread is doing; waits for nothing."""
+        now = time.monotonic()
+        monitor, began = self._monitor, self._monitor.began
+        running, waiting = self._engine.queue_lengths
+        last_sign = max(monitor.last_sign, self._inbox_since if self._inbox else 0.0)
+        has_work = began is not None or bool(self._inbox) or running + waiting > 0
+        quiet_s = max(0.0, now - last_sign) if has_work else 0.0
+        status: Status = "busy" if has_work else "idle"
+        if self._ended_by is not None:
+            status = "dead"
+        elif self._is_closing:
+            status = "closed"
+        elif quiet_s >= stuck_after_s:
+            status = "stuck"
+        new_tokens_per_s, computed_tokens_per_s = monitor.rates(now)
+        return EngineHealth(
+            status=status,
+            running_requests=running,
+            waiting_requests=waiting,
+            step_s=None if began is None else now - began,
+            last_step_s=monitor.last_step_s,
+            quiet_s=quiet_s,
+            steps=monitor.n_steps,
+            new_tokens_per_s=new_tokens_per_s,
+            computed_tokens_per_s=computed_tokens_per_s,
+            reason=self._ended_by,
+        )
 
     def submit(self, sequence: Sequence, listener: Listener) -> Ticket:
         """Queue a prepared sequence, with its branches.
@@ -218,6 +252,8 @@ class EngineThread:
         with self._condition:
             if self._is_closing:
                 raise EngineClosedError("this engine was closed; make a new ExL2LLM")
+            if not self._inbox:
+                self._inbox_since = time.monotonic()
             self._inbox.append(command)
             self._condition.notify()
 
@@ -226,7 +262,7 @@ class EngineThread:
         try:
             self._work()
         except BaseException as error:
-            reason = f"the engine's thread ended: {type(error).__name__}: {error}"
+            reason = self._ended_by = f"the engine's thread ended: {type(error).__name__}: {error}"
             raise
         finally:
             with self._condition:
@@ -245,19 +281,24 @@ class EngineThread:
                 if self._is_closing:
                     return
                 commands, self._inbox = list(self._inbox), deque()
+            self._monitor.sign()
             for command in commands:
                 command.run()
             if self._engine.has_work:
                 self._step()
 
     def _step(self) -> None:
+        self._monitor.begin()
         try:
             updates = self._engine.step()
         except Exception as error:
+            self._monitor.end(0, 0)
             cause = error
             self._fail_all(lambda: _step_error(cause))
             self._engine.reset()
             return
+        new_tokens = sum(len(update.piece.token_ids) for update in updates if update.piece is not None)
+        self._monitor.end(new_tokens, self._engine.n_computed_last)
         for update in updates:
             self._deliver(update)
 
