@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from exl2_rag.cli import ask, bench, chat, demo, generate, index, inspect, kernels
+from exl2_rag.cli import ask, bench, chat, demo, evaluate, generate, index, inspect, kernels
 
 app = typer.Typer(
     name="exl2-rag",
@@ -21,6 +21,7 @@ app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
 app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)
+app.add_typer(evaluate.app, name="eval")
 app.add_typer(kernels.app, name="kernels")
 
 

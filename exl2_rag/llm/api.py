@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack, cast, overload
 
-from exl2_rag.errors import ModelNotFoundError, RequestError
+from exl2_rag.errors import ModelNotFoundError
 from exl2_rag.llm.chat_template import ChatTemplate, Message, encode_chat
 from exl2_rag.llm.config import ModelConfig
 from exl2_rag.llm.engine_config import (
@@ -28,21 +28,19 @@ from exl2_rag.llm.pin import Pin
 from exl2_rag.llm.prompts import Prompt, Prompts, as_batch, as_token_ids
 from exl2_rag.llm.request import CacheReport, GenerationRequest, GenerationResult, SamplingParams, StreamPiece, Usage
 from exl2_rag.llm.request_options import RequestOptions
-from exl2_rag.llm.sequence import Evaluation, Sequence
+from exl2_rag.llm.scoring import Scoring
+from exl2_rag.llm.sequence import Sequence
 from exl2_rag.llm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from exl2_rag.adapters.langchain import ChatExL2
     from exl2_rag.adapters.llama_index import ExL2 as LlamaIndexExL2
-    from exl2_rag.llm.lora.choice import Lora
     from exl2_rag.llm.lora.shelf import LoraInfo
 
 Tools = Seq[dict[str, Any]]
 
 
-class ExL2LLM:
+class ExL2LLM(Scoring):
     """A language model and the engine that runs it. Safe to share between threads and event loops.
 
     A prompt is a text or a list of token ids. Text is ordinary text: what looks like a special token in it is not read
@@ -371,24 +369,6 @@ class ExL2LLM:
         """The state of the KV cache between two steps."""
         return self._thread.call(self._engine.report)
 
-    # --- evaluation ------------------------------------------------------------------------------------------------
-
-    def logits(self, token_ids: Seq[int], *, lora: Lora | None = None) -> Tensor:
-        """Logits after each token: float32 [T, V], unnormalised, on the CPU. Every token is computed anew."""
-        return self._logits(tuple(token_ids), first_row=0, lora=lora)
-
-    def score(self, prompt: Prompt, continuation: Prompt, *, lora: Lora | None = None) -> list[float]:
-        """The natural logarithm of the probability of each token of `continuation` after `prompt`."""
-        head = self._encode(prompt)
-        tail = tuple(
-            self.tokenizer.encode_continuation(continuation) if isinstance(continuation, str) else continuation
-        )
-        if not tail:
-            raise RequestError("expected a continuation of at least one token, got none")
-        rows = self._logits(head + tail, first_row=len(head) - 1, lora=lora)[:-1]
-        chosen = rows.double().log_softmax(dim=-1)
-        return [float(chosen[place, token]) for place, token in enumerate(tail)]
-
     # --- end of life -----------------------------------------------------------------------------------------------
 
     @property
@@ -441,11 +421,6 @@ class ExL2LLM:
     def _stream(self, sequence: Sequence) -> Generator[StreamPiece, None, None]:
         yield from self._thread.stream(sequence)  # a frame of our own, so that the engine outlives the stream
 
-    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            return tuple(self.tokenizer.encode(prompt, add_bos=self.tokenizer.adds_bos))
-        return as_token_ids(prompt)
-
     def _encode_prefix(self, prompt: Prompt | Seq[Message]) -> tuple[int, ...]:
         if isinstance(prompt, str):
             return self._encode(prompt)
@@ -455,14 +430,6 @@ class ExL2LLM:
 
     def _compute(self, sequence: Sequence) -> Usage:
         return _result(self._thread.run_together([sequence])[0]).usage
-
-    def _logits(self, token_ids: tuple[int, ...], *, first_row: int, lora: Lora | None = None) -> Tensor:
-        import torch
-
-        slices: list[Tensor] = []
-        evaluation = Evaluation(first_row, lambda _start, rows: slices.append(rows.cpu()))
-        self._compute(self._engine.prepare_prompt(token_ids, evaluation=evaluation, lora=lora))
-        return torch.cat(slices)
 
     async def _gather(self, sequences: Iterable[Sequence]) -> list[GenerationResult]:
         async def one(sequence: Sequence) -> GenerationResult:

@@ -162,6 +162,10 @@ class Tokenizer:
         """The bytes a token stands for; a token may hold a part of a character. Empty beyond the vocabulary."""
         return self._token_bytes[token_id]
 
+    def vocabulary(self) -> dict[str, int]:
+        """Every token, added ones too, and its id. Two tokenizers that differ here give texts other ids."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
     def is_special(self, token_id: int) -> bool:
         """Whether the token is a special one, which has no text of its own."""
         return token_id in self._special_ids
