@@ -31,7 +31,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *SHARED, "exl2_rag.llm.constraint", "exl2_rag.llm.logprobs", "exl2_rag.llm.sampling.params",
     ),
     "exl2_rag.llm.sampling.params": (*SHARED, "exl2_rag.llm.sampling.ranges"),
-    "exl2_rag.llm.sampling": (*SHARED, "exl2_rag.llm.sampling"),
+    "exl2_rag.llm.sampling": (*SHARED, "exl2_rag.llm.sampling", "exl2_rag.llm.logprobs"),
     "exl2_rag.llm.scheduler": (
         *SHARED, "exl2_rag.llm.page_table", "exl2_rag.llm.sequence", "exl2_rag.llm.request",
         "exl2_rag.llm.engine_config", "exl2_rag.llm.step_times",

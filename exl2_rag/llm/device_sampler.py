@@ -1,4 +1,4 @@
-"""Draws tokens on a card: what `sampler.py` does, in one launch and one wait.
+"""Draws tokens on a card: what `sampler.py` does for plain rows, in one launch and one wait.
 
 Parameters of all rows and the masks go to the card in one piece each, and the tokens come back in one. The filters and
 the numbers are those of `sampler.py`; weights are float32 there, so where the mass comes within about 1e-7 of a
@@ -17,7 +17,7 @@ from torch import Tensor
 from exl2_rag.llm.kernels import cuda_sampling
 from exl2_rag.llm.kernels.cuda_backend import Backend
 from exl2_rag.llm.kernels.sampling_params import RowSampling
-from exl2_rag.llm.request import SamplingParams
+from exl2_rag.llm.sampling.params import SamplingParams
 from exl2_rag.llm.step_arrays import host_tensor
 
 _64_BITS = (1 << 64) - 1

@@ -1,13 +1,16 @@
 """Draws the next token of each row of logits. Knows nothing of requests, text or pages.
 
-The filters are those of transformers, in its order: temperature, top-k, top-p (which keeps the token that crosses the
-threshold), min-p; each works on the distribution the one before left. What a row draws depends on its logits, its
-parameters, its seed and its step alone, never on the other rows: the uniform number comes from a counter-based
-generator keyed by the seed, sums run in a fixed order, and ties go to the lowest id.
+The samplers are those of `sampling/`: of transformers, in its order, where it has them. What a row draws depends on its
+logits, its parameters, its history, its seed and its step alone, never on the other rows: the uniform numbers come from
+a counter-based generator keyed by the seed, sums run in a fixed order, and ties go to the lowest id.
+
+Rows that need no more than temperature, top-k, top-p, min-p and a mask (`Draw.is_plain`) go together, on a card by its
+kernel; all others are copied to the host.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,28 +22,29 @@ from torch import Tensor
 from exl2_rag.errors import EngineError
 from exl2_rag.llm.device_sampler import sample_rows
 from exl2_rag.llm.kernels.cuda_backend import Backend
-from exl2_rag.llm.request import SamplingParams
-
-TOP_P_CANDIDATES = 256  # sorting so many usually suffices; a flatter distribution is sorted whole
+from exl2_rag.llm.sampling.draw import Draw, uniform
+from exl2_rag.llm.sampling.masks import why_nothing_is_left
+from exl2_rag.llm.sampling.measure import Measured, log_softmax, measure
+from exl2_rag.llm.sampling.params import SamplingParams
+from exl2_rag.llm.sampling.pipeline import prepared, run_stages
+from exl2_rag.llm.sampling.scores import column
+from exl2_rag.llm.sampling.truncation import min_p, top_k, top_p
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
-    """How to draw one row's token.
+class Choice:
+    """The token of one row, and its log-probabilities if they were asked for."""
 
-    Attributes:
-        params: temperature, top_k, top_p and min_p are read.
-        seed, step: name the uniform number; the step is the count of tokens drawn before.
-        allowed: [V] bool, or None for all.
-    """
-
-    params: SamplingParams
-    seed: int
-    step: int
-    allowed: NDArray[np.bool_] | None = None
+    token_id: int
+    measured: Measured | None = None
 
 
 def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
+    """`choose`, of which only the token ids are wanted."""
+    return [choice.token_id for choice in choose(logits, draws)]
+
+
+def choose(logits: Tensor, draws: Sequence[Draw]) -> list[Choice]:
     """Draw one token a row.
 
     Args:
@@ -48,37 +52,37 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
         draws: L of them.
 
     Returns:
-        L token ids.
+        L choices. The states of the draws have learned of them.
 
     Raises:
-        EngineError: a row has no token that may be drawn, or holds NaN; the message names the first such row.
+        EngineError: a row has no token that may be drawn, or holds NaN; the message names the first such row. Then no
+            state has changed.
     """
-    if logits.device.type == "cuda":
-        return _sample_on_card(logits, draws)
-    logits = _masked(logits, draws)
-    if logits.device.type == "cpu" and all(draw.params.temperature == 0 for draw in draws):
-        return _greedy(logits.numpy())
-    best = logits.amax(dim=-1)  # NaN if there is one
-    for row in (~torch.isfinite(best)).nonzero().flatten().tolist():
-        raise EngineError(_why_not(float(best[row]), row))
-    # The lowest id among equals; argmax promises no order.
-    ids = torch.arange(logits.shape[-1], device=logits.device)
-    tokens = torch.where(logits == best[:, None], ids, logits.shape[-1]).amin(dim=-1)
-    random_rows = [row for row, draw in enumerate(draws) if draw.params.temperature > 0]
-    if random_rows:
-        rows = torch.tensor(random_rows, device=logits.device)
-        tokens[rows] = _draw(logits[rows], [draws[row] for row in random_rows])
-    return [int(token) for token in tokens.tolist()]
-
-
-def _sample_on_card(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
+    if logits.device.type != "cuda":
+        return choose_with(None, logits, draws)
     from exl2_rag.llm.kernels import cuda_runtime
 
-    return sample_with(cuda_runtime.backend(logits.device), logits, draws)
+    return choose_with(cuda_runtime.backend(logits.device), logits, draws)
 
 
-def sample_with(backend: Backend, logits: Tensor, draws: Sequence[Draw]) -> list[int]:
-    """As `sample`, by the kernel of a CUDA backend."""
+def choose_with(backend: Backend | None, logits: Tensor, draws: Sequence[Draw]) -> list[Choice]:
+    """As `choose`; the plain rows by the kernel of a CUDA backend, if there is one."""
+    others = [row for row, draw in enumerate(draws) if not draw.is_plain]
+    if not others:
+        return [Choice(token_id) for token_id in _plain(backend, logits, draws, range(len(draws)))]
+    chosen: dict[int, Choice] = {}
+    if plain := [row for row, draw in enumerate(draws) if draw.is_plain]:
+        tokens = _plain(backend, logits[plain], [draws[row] for row in plain], plain)
+        chosen.update(zip(plain, map(Choice, tokens), strict=True))
+    chosen.update(zip(others, _others(logits[others].cpu(), [draws[row] for row in others], others), strict=True))
+    return [chosen[row] for row in range(len(draws))]
+
+
+def _plain(backend: Backend | None, logits: Tensor, draws: Sequence[Draw], rows: Sequence[int]) -> list[int]:
+    return _on_host(logits, draws, rows) if backend is None else _on_card(backend, logits, draws, rows)
+
+
+def _on_card(backend: Backend, logits: Tensor, draws: Sequence[Draw], rows: Sequence[int]) -> list[int]:
     tokens = sample_rows(
         backend,
         logits,
@@ -89,17 +93,63 @@ def sample_with(backend: Backend, logits: Tensor, draws: Sequence[Draw]) -> list
     )
     if min(tokens, default=0) < 0:
         row = next(row for row, token in enumerate(tokens) if token < 0)
-        raise EngineError(_why_not(float(_masked(logits[row : row + 1], draws[row : row + 1]).amax()), row))
+        best = float(_masked(logits[row : row + 1], draws[row : row + 1]).amax())
+        raise EngineError(_why_not(best, rows[row], draws[row]))
     return tokens
 
 
-def _greedy(logits: NDArray[np.float32]) -> list[int]:
+def _on_host(logits: Tensor, draws: Sequence[Draw], rows: Sequence[int]) -> list[int]:
+    logits = _masked(logits, draws)
+    if logits.device.type == "cpu" and all(draw.params.is_greedy for draw in draws):
+        return _greedy(logits.numpy(), draws, rows)
+    best = logits.amax(dim=-1)  # NaN if there is one
+    for row in (~torch.isfinite(best)).nonzero().flatten().tolist():
+        raise EngineError(_why_not(float(best[row]), rows[row], draws[row]))
+    # The lowest id among equals; argmax promises no order.
+    ids = torch.arange(logits.shape[-1], device=logits.device)
+    tokens = torch.where(logits == best[:, None], ids, logits.shape[-1]).amin(dim=-1)
+    random_rows = [row for row, draw in enumerate(draws) if not draw.params.is_greedy]
+    if random_rows:
+        places = torch.tensor(random_rows, device=logits.device)
+        members = [draws[row] for row in random_rows]
+        tokens[places] = _draw(filter_logits(logits[places], [draw.params for draw in members]), members)
+    return [int(token) for token in tokens.tolist()]
+
+
+def _others(logits: Tensor, draws: Sequence[Draw], rows: Sequence[int]) -> list[Choice]:
+    """Draw rows that are not plain. [R, V] float32 on the CPU."""
+    scores = prepared(logits, draws)
+    tokens = _greedy(scores.numpy(), draws, rows)
+    for row, draw in enumerate(draws):
+        if draw.forced is not None:
+            tokens[row] = draw.forced
+    random_rows = [row for row, draw in enumerate(draws) if draw.forced is None and not draw.params.is_greedy]
+    final: dict[int, Tensor] = {}
+    if random_rows:
+        members = [draws[row] for row in random_rows]
+        left = run_stages(scores[random_rows], members)
+        for row, one, token in zip(random_rows, left, _draw(left, members).tolist(), strict=True):
+            final[row], tokens[row] = one, int(token)
+    choices = [
+        Choice(token, None if (n_top := draw.params.logprobs) is None else measure(raw, final.get(row), token, n_top))
+        for row, (raw, draw, token) in enumerate(zip(logits, draws, tokens, strict=True))
+    ]
+    for row, one in final.items():
+        if draws[row].params.mirostat_mode:
+            surprise = -float(log_softmax(one)[tokens[row]]) / math.log(2)
+            draws[row].needed_state.learn_mu(draws[row].step, surprise)
+    return choices
+
+
+def _greedy(
+    logits: NDArray[np.float32] | NDArray[np.float64], draws: Sequence[Draw], rows: Sequence[int]
+) -> list[int]:
     """The most likely token of each row. numpy's argmax takes the first among equals, and NaN above all."""
     tokens = [int(row.argmax()) for row in logits]
     for row, token in enumerate(tokens):
         best = float(logits[row, token])
-        if not np.isfinite(best):
-            raise EngineError(_why_not(best, row))
+        if not np.isfinite(best) and draws[row].forced is None:
+            raise EngineError(_why_not(best, rows[row], draws[row]))
     return tokens
 
 
@@ -115,23 +165,15 @@ def filter_logits(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """
     scores = logits.double()
     # The maximum goes first, so that no temperature, however small, makes inf - inf.
-    scores = (scores - scores.amax(dim=-1, keepdim=True)) / _column([one.temperature for one in params], scores)
+    scores = (scores - scores.amax(dim=-1, keepdim=True)) / column([one.temperature for one in params], scores)
     if any(one.top_k for one in params):
-        scores = _keep_top_k(scores, [one.top_k or scores.shape[-1] for one in params])
-    if any(one.top_p < 1 for one in params):
-        rows = torch.tensor([row for row, one in enumerate(params) if one.top_p < 1], device=scores.device)
-        scores[rows] = _keep_top_p(scores[rows], _column([one.top_p for one in params if one.top_p < 1], scores))
+        scores = top_k(scores, params)
+    if rows := [row for row, one in enumerate(params) if one.top_p < 1]:
+        places = torch.tensor(rows, device=scores.device)
+        scores[places] = top_p(scores[places], [params[row] for row in rows])
     if any(one.min_p > 0 for one in params):
-        # The most likely token has exp(0) = 1, so its share needs no sum.
-        least = _column([one.min_p for one in params], scores)
-        scores = scores.masked_fill(scores.exp() < least, -torch.inf)
+        scores = min_p(scores, params)
     return scores
-
-
-def uniform(seed: int, step: int) -> float:
-    """The number in [0, 1) that belongs to this seed and step."""
-    bits = int(np.random.Philox(key=seed, counter=step).random_raw())
-    return (bits >> 11) * 2.0**-53
 
 
 def _masked(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
@@ -144,49 +186,35 @@ def _masked(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     return masked
 
 
-def _draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """[L] tokens: the first id at which the running sum of probabilities passes the uniform number."""
-    weights = filter_logits(logits, [draw.params for draw in draws]).exp()
-    running = weights.cumsum(dim=-1)
-    numbers = _column([uniform(draw.seed, draw.step) for draw in draws], running)
-    return torch.searchsorted(running, numbers * running[:, -1:], right=True).squeeze(-1)
+def _draw(scores: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """[L] tokens: the first id at which the running sum of probabilities passes the uniform number.
 
-
-def _keep_top_k(scores: Tensor, k: Sequence[int]) -> Tensor:
-    """All tokens as likely as the k-th are kept, as in transformers."""
-    counts = [min(count, scores.shape[-1]) for count in k]
-    limited = [count for count in counts if count < scores.shape[-1]]
-    if not limited:
-        return scores
-    top = scores.topk(max(limited), dim=-1).values
-    lowest = [
-        top[row, count - 1] if count < scores.shape[-1] else torch.full_like(top[row, 0], -torch.inf)
-        for row, count in enumerate(counts)
-    ]
-    return scores.masked_fill(scores < torch.stack(lowest)[:, None], -torch.inf)
-
-
-def _keep_top_p(scores: Tensor, top_p: Tensor) -> Tensor:
-    """Keep a token while the tokens before it, most likely first, have less than `top_p` of the mass."""
+    Rows with skew go by falling probability instead of by id, and their number u becomes u ** exp(-skew).
+    """
     weights = scores.exp()
-    wanted = top_p * weights.cumsum(dim=-1)[:, -1:]
-    ordered = weights.topk(min(TOP_P_CANDIDATES, weights.shape[-1]), dim=-1).values
-    if (ordered.cumsum(dim=-1)[:, -1:] < wanted).any():
-        ordered = weights.sort(dim=-1, descending=True).values
-    before = ordered.cumsum(dim=-1) - ordered
-    n_kept = (before < wanted).sum(dim=-1, keepdim=True).clamp(min=1)
-    # Of those as likely as the last one kept, the lowest ids stay.
-    least = ordered.gather(-1, n_kept - 1)
-    above, equal = weights > least, weights == least
-    n_equal = n_kept - above.sum(dim=-1, keepdim=True)
-    return scores.masked_fill(~(above | (equal & (equal.cumsum(dim=-1) <= n_equal))), -torch.inf)
+    numbers = [uniform(draw.seed, draw.step) for draw in draws]
+    skewed = [row for row, draw in enumerate(draws) if draw.params.skew != 0]
+    if not skewed:
+        return _pick(weights, numbers)
+    numbers = [
+        number ** math.exp(min(-draw.params.skew, 700.0)) for number, draw in zip(numbers, draws, strict=True)
+    ]
+    ordered, ids = weights[skewed].sort(dim=-1, descending=True, stable=True)
+    weights[skewed] = ordered
+    places = _pick(weights, numbers)
+    places[skewed] = ids.gather(-1, places[skewed][:, None]).squeeze(-1)
+    return places
 
 
-def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]
+def _pick(weights: Tensor, numbers: Sequence[float]) -> Tensor:
+    running = weights.cumsum(dim=-1)
+    mass = running[:, -1:]
+    # A number just below 1 may round up to the whole mass, which no place passes.
+    wanted = torch.minimum(column(numbers, running) * mass, mass.nextafter(torch.zeros_like(mass)))
+    return torch.searchsorted(running, wanted, right=True).squeeze(-1)
 
 
-def _why_not(best: float, row: int) -> str:
+def _why_not(best: float, row: int, draw: Draw) -> str:
     if best == -torch.inf:
-        return f"row {row} has no token that may come next; the constraint and the vocabulary do not fit together"
+        return f"row {row} has no token that may come next; {why_nothing_is_left(draw.state, draw.step, draw.allowed)}"
     return f"row {row} of the logits holds {best}; the model's weights or its cache are broken"

@@ -6,7 +6,7 @@ import torch
 
 from exl2_rag.errors import EngineError
 from exl2_rag.llm.request import SamplingParams
-from exl2_rag.llm.sampler import Draw, sample, sample_with
+from exl2_rag.llm.sampler import Draw, choose_with, sample
 from tests.cuda_emulation import EmulatedBackend
 
 VOCAB = 301
@@ -31,7 +31,7 @@ def logits_of(rows: int, seed: int) -> torch.Tensor:
 def test_a_card_draws_the_tokens_that_the_cpu_draws(seed):
     logits = logits_of(len(PARAMS), seed)
     draws = [Draw(params, seed=2**62 + seed, step=step) for step, params in enumerate(PARAMS)]
-    assert sample_with(BACKEND, logits, draws) == sample(logits, draws)
+    assert [one.token_id for one in choose_with(BACKEND, logits, draws)] == sample(logits, draws)
 
 
 def test_masks_of_some_rows_are_honoured():
@@ -40,7 +40,7 @@ def test_masks_of_some_rows_are_honoured():
     only[VOCAB - 1] = True
     some = np.arange(VOCAB) % 7 == 3
     draws = [Draw(SamplingParams(temperature=1.0), seed=1, step=0, allowed=allowed) for allowed in (only, None, some)]
-    tokens = sample_with(BACKEND, logits, draws)
+    tokens = [one.token_id for one in choose_with(BACKEND, logits, draws)]
     assert tokens == sample(logits, draws)
     assert tokens[0] == VOCAB - 1
     assert tokens[2] % 7 == 3
@@ -51,7 +51,7 @@ def test_a_row_that_cannot_be_drawn_from_is_named():
     logits[1, 5] = torch.nan
     draws = [Draw(SamplingParams(), seed=1, step=0) for _ in range(2)]
     with pytest.raises(EngineError, match="row 1 of the logits holds nan"):
-        sample_with(BACKEND, logits, draws)
+        choose_with(BACKEND, logits, draws)
     nothing = Draw(SamplingParams(), seed=1, step=0, allowed=np.zeros(VOCAB, dtype=np.bool_))
     with pytest.raises(EngineError, match="row 0 has no token that may come next"):
-        sample_with(BACKEND, logits[:1], [nothing])
+        choose_with(BACKEND, logits[:1], [nothing])

@@ -24,6 +24,7 @@ DEFAULT_ORDER = (
     "mirostat",
     "xtc",
 )
+PLAIN_STAGES = frozenset(("temperature", "top_k", "top_p", "min_p"))  # what the kernel of a card can do, in this order
 # Strings that end a repetition, as in DRY's first publication.
 DEFAULT_SEQUENCE_BREAKERS = ("\n", ":", '"', "*")
 
@@ -90,6 +91,8 @@ class SamplingParams:
         ignore_eos: go on past the model's end-of-sequence ids.
         n: continuations of one prompt, which is computed once. The first is the one that n = 1 gives; the others draw
             with seeds made from its seed. They come as `GenerationResult.choices`, or as pieces with an `index`.
+        stages: those that have something to do, in the order in which they do it; worked out, not given.
+        is_plain: whether temperature, top-k, top-p and min-p in their usual order are all there is; worked out.
 
     Raises:
         RequestError: a value is out of range.
@@ -142,6 +145,9 @@ class SamplingParams:
     negative_prompt: NegativePrompt | None = field(default=None, hash=False)
     logprobs: int | None = None
     n: int = 1
+    # Worked out once, since every step asks.
+    stages: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    is_plain: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, values in RANGES.items():
@@ -163,6 +169,8 @@ class SamplingParams:
         self._set("dry_sequence_breakers", _breakers(self.dry_sequence_breakers))
         self._set("sampler_order", _order(self.sampler_order))
         self._check_pairs()
+        self._set("stages", self._active_stages())
+        self._set("is_plain", self._is_plain())
 
     @property
     def is_greedy(self) -> bool:
@@ -175,12 +183,32 @@ class SamplingParams:
         return self.cfg_scale != 1
 
     @property
-    def stages(self) -> tuple[str, ...]:
-        """The stages that have something to do, in the order in which they do it."""
+    def reads_history(self) -> bool:
+        """Whether the tokens before matter beyond the model's own logits."""
+        return (
+            self.repetition_penalty != 1
+            or self.frequency_penalty != 0
+            or self.presence_penalty != 0
+            or self.dry_multiplier > 0
+            or self.no_repeat_ngram_size > 0
+        )
+
+    def _active_stages(self) -> tuple[str, ...]:
         listed = [*self.sampler_order, *(name for name in DEFAULT_ORDER if name not in self.sampler_order)]
         if self.temperature_last:
             listed = [*(name for name in listed if name != "temperature"), "temperature"]
         return tuple(name for name in listed if self._is_on(name))
+
+    def _is_plain(self) -> bool:
+        usual = [name for name in DEFAULT_ORDER if name in self.stages]
+        return (
+            (self.is_greedy or (self.max_temp == 0 and set(self.stages) <= PLAIN_STAGES and [*self.stages] == usual))
+            and (self.is_greedy or self.skew == 0)
+            and not (self.reads_history or self.is_guided or self.logit_bias or self.banned_tokens)
+            and self.allowed_tokens is None
+            and self.min_tokens == 0
+            and self.logprobs is None
+        )
 
     def _is_on(self, stage: str) -> bool:
         match stage:
@@ -207,6 +235,8 @@ class SamplingParams:
             raise RequestError(f"min_temp must be at most max_temp ({self.max_temp}), got {self.min_temp}")
         if self.min_temp > 0 and self.max_temp == 0:
             raise RequestError(f"min_temp is {self.min_temp}, but max_temp is 0, which is off; give a max_temp, too")
+        if self.penalty_decay and self.penalty_range is None:
+            raise RequestError("penalty_decay begins where penalty_range ends, and that is None (all tokens); give one")
         if self.mirostat_mode == 1:
             raise RequestError("mirostat_mode must be 0 (off) or 2, got 1; mirostat 2.0 replaces the first version")
         if self.negative_prompt is not None:
