@@ -458,6 +458,7 @@ def _joined(pieces: list[StreamPiece]) -> GenerationResult:
     assert last.finish_reason is not None
     assert last.usage is not None
     assert last.timings is not None
+    logprobs = [one for piece in pieces for one in piece.logprobs or ()]
     return GenerationResult(
         text="".join(piece.text for piece in pieces),
         token_ids=tuple(token_id for piece in pieces for token_id in piece.token_ids),
@@ -465,4 +466,5 @@ def _joined(pieces: list[StreamPiece]) -> GenerationResult:
         usage=last.usage,
         timings=last.timings,
         index=last.index,
+        logprobs=None if last.logprobs is None else tuple(logprobs),
     )

@@ -32,7 +32,9 @@ from exl2_rag.llm.request import (
     StreamPiece,
     branch_seed,
 )
-from exl2_rag.llm.sampler import Draw, sample
+from exl2_rag.llm.sampler import DrawnToken, choose
+from exl2_rag.llm.sampler_setup import TokenTexts, next_draw, sampler_state
+from exl2_rag.llm.sampling.draw import Draw
 from exl2_rag.llm.sampling.honoured import refuse_unhonoured
 from exl2_rag.llm.scheduler import Scheduler, Slice
 from exl2_rag.llm.sequence import Evaluation, Sequence, State
@@ -56,7 +58,7 @@ class Update:
         return self.error is not None or (self.piece is not None and self.piece.finish_reason is not None)
 
 
-class TextTools(Protocol):
+class TextTools(TokenTexts, Protocol):
     """What the engine needs to turn tokens into text and constraints into masks."""
 
     def decoder(self, prompt: tuple[int, ...]) -> TokenDecoder:
@@ -152,6 +154,7 @@ class Engine:
             output=OutputText(self._text.decoder(request.token_ids), sampling.stop),
             stop_token_ids=stop_ids,
             matcher=self._text.matcher(request),
+            sampler=sampler_state(sampling, request.token_ids, stop_ids, self._text, self._vocab_size),
             cache_root=self.cache_root(request.cache_salt, lora_identity(lora)),
             lora=lora,
             priority=request.priority,
@@ -327,10 +330,10 @@ class Engine:
             except Exception as error:
                 updates.append(self._fail(sequence, error))
                 continue
-            draws.append(Draw(sequence.sampling, sequence.seed, sequence.n_new, allowed))
+            draws.append(next_draw(sequence, allowed))
             drawn.append((sequence, logits))
-        for (sequence, _), token in zip(drawn, _sample_each([row for _, row in drawn], draws), strict=True):
-            update = self._fail(sequence, token) if isinstance(token, Exception) else self._take(sequence, token)
+        for (sequence, _), choice in zip(drawn, _sample_each([row for _, row in drawn], draws), strict=True):
+            update = self._fail(sequence, choice) if isinstance(choice, Exception) else self._take(sequence, choice)
             if update is not None:
                 updates.append(update)
         return updates
@@ -355,12 +358,17 @@ class Engine:
             branches.append(branch)
         return tuple(branches)
 
-    def _take(self, sequence: Sequence, token_id: int) -> Update | None:
+    def _take(self, sequence: Sequence, choice: DrawnToken) -> Update | None:
         """Append a sampled token, and what a constraint forces after it."""
 
         def take() -> None:
-            self._append(sequence, token_id)
-            self._append_forced(sequence, at_most=sequence.max_new_tokens)
+            if sequence.logprobs is not None and choice.measured is not None:
+                sequence.logprobs.append(choice.measured.as_token_logprob(self._text.token_text))
+            self._append(sequence, choice.token_id)
+            if sequence.forced:
+                sequence.forced.pop(0)
+            if not sequence.forced:
+                self._append_forced(sequence, at_most=sequence.max_new_tokens)
 
         error = _failure(take)
         if error is not None:
@@ -379,7 +387,14 @@ class Engine:
             return
         if sequence.matcher is not None:
             sequence.matcher.advance(token_id)
-        if sequence.output.push(token_id) or (sequence.matcher is not None and sequence.matcher.is_finished):
+        is_long_enough = sequence.n_new >= sequence.sampling.min_tokens
+        is_finished = sequence.matcher is not None and sequence.matcher.is_finished
+        if is_finished and not is_long_enough:
+            raise EngineError(
+                f"the constraint ends the text after {sequence.n_new} tokens, min_tokens asks for "
+                f"{sequence.sampling.min_tokens}; relax one of them"
+            )
+        if sequence.output.push(token_id, may_stop=is_long_enough) or is_finished:
             sequence.finish_reason = "stop"
         elif sequence.n_new >= sequence.max_new_tokens:
             sequence.finish_reason = "length"
@@ -388,9 +403,15 @@ class Engine:
         """Add the tokens that the constraint leaves no choice about, up to `at_most` new tokens in all."""
         if sequence.matcher is None or sequence.finish_reason is not None:
             return
-        for token_id in sequence.matcher.forced_tokens():
+        tokens = sequence.matcher.forced_tokens()
+        if sequence.logprobs is not None:  # each needs the model's opinion, one step after the other
+            sequence.forced = tokens[: max(0, at_most - sequence.n_new)]
+            return
+        for token_id in tokens:
             if sequence.n_new >= at_most or sequence.finish_reason is not None:
                 return
+            if sequence.sampler is not None and not sequence.sampler.may_draw(token_id, sequence.n_new):
+                return  # the sampler will find that nothing is left, and say why
             self._append(sequence, token_id)
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> Update:
@@ -425,11 +446,20 @@ class Engine:
         if not (text or is_last):
             return None
         token_ids = tuple(sequence.token_ids[sequence.n_prompt + sequence.n_handed_out : sequence.n_prompt + n_tokens])
+        logprobs = None
+        if sequence.logprobs is not None:
+            logprobs = tuple(sequence.logprobs[sequence.n_handed_out : sequence.n_handed_out + len(token_ids)])
         sequence.n_handed_out += len(token_ids)
         if not is_last:
-            return StreamPiece(text, token_ids, index=sequence.index)
+            return StreamPiece(text, token_ids, index=sequence.index, logprobs=logprobs)
         return StreamPiece(
-            text, token_ids, sequence.finish_reason, sequence.usage(), sequence.timings(), index=sequence.index
+            text,
+            token_ids,
+            sequence.finish_reason,
+            sequence.usage(),
+            sequence.timings(),
+            index=sequence.index,
+            logprobs=logprobs,
         )
 
 
@@ -450,17 +480,17 @@ def _failure(action: Callable[[], object]) -> Exception | None:
     return None
 
 
-def _sample_each(rows: list[Tensor], draws: list[Draw]) -> list[int] | list[int | Exception]:
+def _sample_each(rows: list[Tensor], draws: list[Draw]) -> list[DrawnToken] | list[DrawnToken | Exception]:
     """One token, or what went wrong, for each row [1, V]. All rows at once, and one by one only if that fails."""
     if not rows:
         return []
     try:
-        return sample(torch.cat(rows), draws)
+        return choose(torch.cat(rows), draws)
     except Exception:
-        results: list[int | Exception] = []
+        results: list[DrawnToken | Exception] = []
         for row, draw in zip(rows, draws, strict=True):
             try:
-                results.append(sample(row, [draw])[0])
+                results.append(choose(row, [draw])[0])
             except Exception as error:
                 results.append(error)
         return results

@@ -67,6 +67,7 @@ class TokenizerText:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
+        self._tokens_with: dict[str, frozenset[int]] = {}
 
     def decoder(self, prompt: tuple[int, ...]) -> TokenDecoder:
         """A fresh decoder for what follows the prompt."""
@@ -77,6 +78,25 @@ class TokenizerText:
         if request.constraint is None:
             return None
         return request.constraint.compile(self._tokenizer, self._vocab_size)
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one token by itself; a part of a character reads as "\ufffd"."""
+        return self._tokenizer.token_bytes(token_id).decode(errors="replace")
+
+    def tokens_with(self, text: str) -> frozenset[int]:
+        """The ids of all tokens whose text contains `text`; if there is none, of the last one it is written with."""
+        known = self._tokens_with.get(text)
+        if known is None:
+            sought = text.encode()
+            token_bytes = self._tokenizer.token_bytes
+            known = frozenset(one for one in range(self._tokenizer.vocab_size) if sought in token_bytes(one))
+            known = known or frozenset(self._tokenizer.encode_continuation(text)[-1:])
+            self._tokens_with[text] = known
+        return known
+
+    def special_tokens(self) -> frozenset[int]:
+        """The ids that are no ordinary text."""
+        return frozenset(one for one in range(self._tokenizer.vocab_size) if self._tokenizer.is_special(one))
 
 
 def load_engine(model_dir: Path, options: EngineOptions) -> LoadedModel:

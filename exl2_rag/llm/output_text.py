@@ -53,14 +53,18 @@ class OutputText:
         self._pending = ""  # decoded, but not handed out yet
         self._releasable = 0  # leading characters of it that can be part of no stop string
         self._n_taken = 0  # characters handed out
+        self._n_exempt = 0  # characters, from the start, in which a whole stop string does not count
         self._marks: deque[_Mark] = deque()  # of the tokens of which nothing has been handed out
         self.n_tokens_taken = 0  # tokens of whose text some has been handed out, and those before them
         self.stopped = False
 
-    def push(self, token_id: int) -> bool:
-        """Add a token; return whether a stop string is complete, after which nothing more is taken."""
+    def push(self, token_id: int, *, may_stop: bool = True) -> bool:
+        """Add a token; return whether a stop string is complete, after which nothing more is taken.
+
+        With `may_stop` False one that is complete by now is ordinary text; what it begins may still end the text later.
+        """
         self._marks.append(_Mark(self._n_taken + len(self._pending), self._decoder.state()))
-        return self._append(self._decoder.push(token_id))
+        return self._append(self._decoder.push(token_id), may_stop=may_stop)
 
     def take(self) -> str:
         """The text that is safe to hand out since the last call."""
@@ -87,6 +91,7 @@ class OutputText:
             self._marks.pop()
         self._decoder.restore(mark.state)
         self._pending = self._pending[: mark.start - self._n_taken]
+        self._n_exempt = min(self._n_exempt, mark.start)
         self._releasable = len(self._pending) - self._held_back()
         self.stopped = False
 
@@ -95,19 +100,24 @@ class OutputText:
         if not self.stopped and not self._append(self._decoder.flush()):
             self._releasable = len(self._pending)
 
-    def _append(self, text: str) -> bool:
+    def _append(self, text: str, *, may_stop: bool = True) -> bool:
         assert not self.stopped, "text after a stop string"
         if not text:
             return False
         self._pending += text
         # The string that begins first ends the text; of two that begin together, the one that is complete first.
-        begins = [place for place in map(self._pending.find, self._stop) if place >= 0]
+        if not may_stop:
+            self._n_exempt = self._n_taken + len(self._pending)
+        begins = [place for place in map(self._find, self._stop) if place >= 0]
         if begins:
             self._releasable = min(begins)
             self.stopped = True
             return True
         self._releasable = len(self._pending) - self._held_back()
         return False
+
+    def _find(self, stop: str) -> int:
+        return self._pending.find(stop, max(0, self._n_exempt - self._n_taken - len(stop) + 1))
 
     def _held_back(self) -> int:
         """Length of the longest end of the text with which a stop string begins."""

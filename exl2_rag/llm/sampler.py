@@ -32,7 +32,7 @@ from exl2_rag.llm.sampling.truncation import min_p, top_k, top_p
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class DrawnToken:
     """The token of one row, and its log-probabilities if they were asked for."""
 
     token_id: int
@@ -44,7 +44,7 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
     return [choice.token_id for choice in choose(logits, draws)]
 
 
-def choose(logits: Tensor, draws: Sequence[Draw]) -> list[Choice]:
+def choose(logits: Tensor, draws: Sequence[Draw]) -> list[DrawnToken]:
     """Draw one token a row.
 
     Args:
@@ -52,7 +52,7 @@ def choose(logits: Tensor, draws: Sequence[Draw]) -> list[Choice]:
         draws: L of them.
 
     Returns:
-        L choices. The states of the draws have learned of them.
+        L drawn tokens. The states of the draws have learned of them.
 
     Raises:
         EngineError: a row has no token that may be drawn, or holds NaN; the message names the first such row. Then no
@@ -65,15 +65,15 @@ def choose(logits: Tensor, draws: Sequence[Draw]) -> list[Choice]:
     return choose_with(cuda_runtime.backend(logits.device), logits, draws)
 
 
-def choose_with(backend: Backend | None, logits: Tensor, draws: Sequence[Draw]) -> list[Choice]:
+def choose_with(backend: Backend | None, logits: Tensor, draws: Sequence[Draw]) -> list[DrawnToken]:
     """As `choose`; the plain rows by the kernel of a CUDA backend, if there is one."""
     others = [row for row, draw in enumerate(draws) if not draw.is_plain]
     if not others:
-        return [Choice(token_id) for token_id in _plain(backend, logits, draws, range(len(draws)))]
-    chosen: dict[int, Choice] = {}
+        return [DrawnToken(token_id) for token_id in _plain(backend, logits, draws, range(len(draws)))]
+    chosen: dict[int, DrawnToken] = {}
     if plain := [row for row, draw in enumerate(draws) if draw.is_plain]:
         tokens = _plain(backend, logits[plain], [draws[row] for row in plain], plain)
-        chosen.update(zip(plain, map(Choice, tokens), strict=True))
+        chosen.update(zip(plain, map(DrawnToken, tokens), strict=True))
     chosen.update(zip(others, _others(logits[others].cpu(), [draws[row] for row in others], others), strict=True))
     return [chosen[row] for row in range(len(draws))]
 
@@ -116,7 +116,7 @@ def _on_host(logits: Tensor, draws: Sequence[Draw], rows: Sequence[int]) -> list
     return [int(token) for token in tokens.tolist()]
 
 
-def _others(logits: Tensor, draws: Sequence[Draw], rows: Sequence[int]) -> list[Choice]:
+def _others(logits: Tensor, draws: Sequence[Draw], rows: Sequence[int]) -> list[DrawnToken]:
     """Draw rows that are not plain. [R, V] float32 on the CPU."""
     scores = prepared(logits, draws)
     tokens = _greedy(scores.numpy(), draws, rows)
@@ -130,20 +130,18 @@ def _others(logits: Tensor, draws: Sequence[Draw], rows: Sequence[int]) -> list[
         left = run_stages(scores[random_rows], members)
         for row, one, token in zip(random_rows, left, _draw(left, members).tolist(), strict=True):
             final[row], tokens[row] = one, int(token)
-    choices = [
-        Choice(token, None if (n_top := draw.params.logprobs) is None else measure(raw, final.get(row), token, n_top))
-        for row, (raw, draw, token) in enumerate(zip(logits, draws, tokens, strict=True))
-    ]
+    drawn: list[DrawnToken] = []
+    for row, (draw, token) in enumerate(zip(draws, tokens, strict=True)):
+        n_top = draw.params.logprobs
+        drawn.append(DrawnToken(token, None if n_top is None else measure(logits[row], final.get(row), token, n_top)))
     for row, one in final.items():
         if draws[row].params.mirostat_mode:
             surprise = -float(log_softmax(one)[tokens[row]]) / math.log(2)
             draws[row].needed_state.learn_mu(draws[row].step, surprise)
-    return choices
+    return drawn
 
 
-def _greedy(
-    logits: NDArray[np.float32] | NDArray[np.float64], draws: Sequence[Draw], rows: Sequence[int]
-) -> list[int]:
+def _greedy(logits: NDArray[np.float32] | NDArray[np.float64], draws: Sequence[Draw], rows: Sequence[int]) -> list[int]:
     """The most likely token of each row. numpy's argmax takes the first among equals, and NaN above all."""
     tokens = [int(row.argmax()) for row in logits]
     for row, token in enumerate(tokens):
@@ -196,9 +194,7 @@ def _draw(scores: Tensor, draws: Sequence[Draw]) -> Tensor:
     skewed = [row for row, draw in enumerate(draws) if draw.params.skew != 0]
     if not skewed:
         return _pick(weights, numbers)
-    numbers = [
-        number ** math.exp(min(-draw.params.skew, 700.0)) for number, draw in zip(numbers, draws, strict=True)
-    ]
+    numbers = [number ** math.exp(min(-draw.params.skew, 700.0)) for number, draw in zip(numbers, draws, strict=True)]
     ordered, ids = weights[skewed].sort(dim=-1, descending=True, stable=True)
     weights[skewed] = ordered
     places = _pick(weights, numbers)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from exl2_rag.llm.logprobs import TokenLogprob
 from exl2_rag.llm.output_text import OutputText
 from exl2_rag.llm.page_table import HeldPages
 from exl2_rag.llm.request import FinishReason, SamplingParams, Timings, Usage
@@ -20,6 +21,7 @@ from exl2_rag.llm.request import FinishReason, SamplingParams, Timings, Usage
 if TYPE_CHECKING:
     from exl2_rag.llm.constraint import ConstraintMatcher
     from exl2_rag.llm.lora.shelf import LoraSet
+    from exl2_rag.llm.sampling.state import SamplerState
 
 
 class State(Enum):
@@ -53,6 +55,7 @@ class Sequence:
         output: its text; None for a sequence without a continuation.
         stop_token_ids: ids that end it.
         matcher: the state of its constraint, or None.
+        sampler: what its sampling remembers; None where the parameters need nothing.
         evaluation: logits that are wanted, or None.
         keep_pages: the pages are pinned when the prompt is computed, instead of let go.
         cache_root: what its pages hang below (`fingerprint.root_key`); only sequences of one root share pages. None is
@@ -73,6 +76,7 @@ class Sequence:
         output: OutputText | None = None,
         stop_token_ids: frozenset[int] = frozenset(),
         matcher: ConstraintMatcher | None = None,
+        sampler: SamplerState | None = None,
         evaluation: Evaluation | None = None,
         keep_pages: bool = False,
         cache_root: bytes | None = None,
@@ -89,6 +93,7 @@ class Sequence:
         self.output = output
         self.stop_token_ids = stop_token_ids
         self.matcher = matcher
+        self.sampler = sampler
         self.evaluation = evaluation
         self.keep_pages = keep_pages
         self.cache_root = cache_root
@@ -107,6 +112,9 @@ class Sequence:
         self.is_decoding = False  # its prompt is computed; set again to False by a preemption
         self.n_cached_tokens: int | None = None  # of the prompt, when it was first admitted
         self.finish_reason: FinishReason | None = None
+        # One for each new token, if they are asked for. Forced tokens are then measured one by one, instead of at once.
+        self.logprobs: list[TokenLogprob] | None = None if sampling.logprobs is None else []
+        self.forced: list[int] = []  # tokens that must come next and are still to be measured
         self.n_handed_out = 0  # new tokens that left in a `StreamPiece`
         self._created = time.perf_counter()
         self.deadline = None if timeout_s is None else self._created + timeout_s  # on the clock of `perf_counter`
@@ -146,7 +154,7 @@ class Sequence:
 
     def roll_back(self, n_tokens: int) -> None:
         """Give up the last `n_tokens` new tokens, of which nothing has been handed out: their text and what they meant
-        to the constraint. What lies on its pages is the scheduler's business.
+        to the constraint and the sampler. What lies on its pages is the scheduler's business.
         """
         if not 0 <= n_tokens <= self.n_new - self.n_handed_out:
             raise ValueError(f"expected from 0 to {self.n_new - self.n_handed_out} tokens to give up, got {n_tokens}")
@@ -156,7 +164,13 @@ class Sequence:
             self.output.roll_back(n_text_tokens)
         if self.matcher is not None:
             self.matcher.rollback(n_text_tokens)
-        del self.token_ids[len(self.token_ids) - n_tokens :]
+        if n_tokens:
+            del self.token_ids[len(self.token_ids) - n_tokens :]
+            self.forced = []
+        if self.sampler is not None:
+            self.sampler.truncate(len(self.token_ids))
+        if self.logprobs is not None:
+            del self.logprobs[self.n_new :]
         self.finish_reason = None
 
     def mark_admitted(self, n_cached: int) -> None:

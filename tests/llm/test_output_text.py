@@ -153,3 +153,14 @@ def test_taking_back_and_going_on_is_as_never_having_gone_there(seed: int) -> No
             assert straight.push(right[-1]) == output.stopped
         straight.finish()
         assert handed_out == straight.take()
+
+
+def test_a_stop_string_before_the_minimum_is_text_even_after_going_back() -> None:
+    output = OutputText(Spelled(), stop=("ab",))
+    for letter in "ab":
+        assert not output.push(ord(letter), may_stop=False)
+    assert not output.push(ord("a"), may_stop=False)
+    assert not output.push(ord("a"))
+    output.roll_back(3)
+    assert output.push(ord("b"))
+    assert output.take() == ""

@@ -103,6 +103,15 @@ class ToyText:
     def matcher(self, request: GenerationRequest):
         return None if request.constraint is None else request.constraint.compile(None, VOCAB)
 
+    def token_text(self, token_id: int) -> str:
+        return ToyDecoder().push(token_id)
+
+    def tokens_with(self, text: str) -> frozenset[int]:
+        return frozenset(one for one in range(VOCAB) if text in self.token_text(one))
+
+    def special_tokens(self) -> frozenset[int]:
+        return frozenset([EOS])
+
 
 def toy_text(token_ids: Sequence[int]) -> str:
     return "".join(ToyDecoder().push(token_id) for token_id in token_ids)

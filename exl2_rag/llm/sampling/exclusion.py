@@ -1,4 +1,4 @@
-"""Stages that depend on more than the distribution: XTC (on chance) and mirostat (on what came before). See `scores.py`."""
+"""Stages that look beyond the distribution: XTC (at chance) and mirostat (at what came before). See `scores.py`."""
 
 from __future__ import annotations
 

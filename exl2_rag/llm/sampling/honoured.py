@@ -7,18 +7,7 @@ from dataclasses import fields
 from exl2_rag.errors import RequestError
 from exl2_rag.llm.sampling.params import SamplingParams
 
-HONOURED = (
-    "max_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "seed",
-    "stop",
-    "stop_token_ids",
-    "ignore_eos",
-    "n",
-)
+NOT_YET = ("cfg_scale", "negative_prompt")
 
 
 def refuse_unhonoured(params: SamplingParams) -> None:
@@ -30,5 +19,5 @@ def refuse_unhonoured(params: SamplingParams) -> None:
     default = SamplingParams()
     for one in fields(params):
         value = getattr(params, one.name)
-        if one.name not in HONOURED and value != getattr(default, one.name):
+        if one.name in NOT_YET and value != getattr(default, one.name):
             raise RequestError(f"{one.name}={value!r} is not available in this version; leave it out")

@@ -58,4 +58,4 @@ def _occurrences(
     else:
         beyond = np.arange(len(newest_first)) - params.penalty_range
         strength = np.where(beyond < 0, 1.0, 1.0 - beyond / max(1, params.penalty_decay))
-    return ids, strength[places], np.bincount(inverse, weights=strength, minlength=len(ids))
+    return ids, strength[places], np.bincount(inverse, weights=strength, minlength=len(ids)).astype(np.float64)

@@ -107,7 +107,9 @@ class SamplerState:
     def learn_mu(self, step: int, surprise: float) -> None:
         """Note the surprise, in bits, of the token drawn after `step` new ones."""
         mu = self.mu(step) - self.params.mirostat_eta * (surprise - self.params.mirostat_tau)
-        self._mus = [one for one in self._mus if one[0] <= step][-4096:] + [(step + 1, mu)]
+        while self._mus[-1][0] > step:
+            self._mus.pop()
+        self._mus.append((step + 1, mu))
 
 
 def _ids(values: Collection[int]) -> Ids:

@@ -1,4 +1,4 @@
-"""Stages that bend the distribution: temperature, dynamic temperature, smoothing. For what scores are see `scores.py`."""
+"""Stages that bend the distribution: temperature, dynamic temperature, smoothing. See `scores.py`."""
 
 from __future__ import annotations
 
