@@ -156,11 +156,13 @@ def test_taking_back_and_going_on_is_as_never_having_gone_there(seed: int) -> No
 
 
 def test_a_stop_string_before_the_minimum_is_text_even_after_going_back() -> None:
-    output = OutputText(Spelled(), stop=("ab",))
-    for letter in "ab":
-        assert not output.push(ord(letter), may_stop=False)
-    assert not output.push(ord("a"), may_stop=False)
-    assert not output.push(ord("a"))
-    output.roll_back(3)
-    assert output.push(ord("b"))
-    assert output.take() == ""
+    output = OutputText(Words(["a", "b"]), stop=("ab",))
+    assert not output.push(0, may_stop=False)
+    assert not output.push(1, may_stop=False)
+    assert not output.push(0)
+    output.roll_back(2)
+    assert output.push(1)  # completed after the minimum
+    output.roll_back(1)
+    assert not output.push(1, may_stop=False)
+    output.finish()
+    assert output.take() == "ab"
