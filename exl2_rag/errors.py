@@ -21,6 +21,7 @@ these; `assert` is only for what the package itself can get wrong.
      |   +- RequestTimeoutError        the request's `timeout_s` ran out                (also TimeoutError)
      |   +- QueueFullError             more requests wait than `max_waiting` allows
      |   +- CacheIntegrityError        the page table contradicts itself (a bug in this package)
+     |   +- KVStoreError               the directory of the persistent KV store cannot be used
      +- KernelError                    an op called with tensors it cannot take
      |   +- ShapeError, DTypeError
      |   +- DeviceError                a device is missing, too old, or tensors live on different ones
@@ -113,6 +114,10 @@ class QueueFullError(EngineError):
 
 class CacheIntegrityError(EngineError):
     """The page table contradicts itself."""
+
+
+class KVStoreError(EngineError):
+    """The directory of the persistent KV store cannot be used as asked."""
 
 
 class KernelError(Exl2RagError):
