@@ -27,6 +27,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "exl2_rag.llm.config", "exl2_rag.llm.kv_cache", "exl2_rag.llm.forward_inputs",
     ),
     "exl2_rag.llm.page_table": SHARED,
+    "exl2_rag.llm.kv_store": (
+        *SHARED, "exl2_rag.llm.kv_store", "exl2_rag.llm.page_table", "exl2_rag.llm.sequence",
+    ),
     "exl2_rag.llm.request": (
         *SHARED, "exl2_rag.llm.constraint", "exl2_rag.llm.logprobs", "exl2_rag.llm.sampling.params",
     ),
@@ -47,6 +50,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 # The one exception, written down: these import their adapter inside the function.
 EXCEPTIONS = {("exl2_rag.llm.api", "exl2_rag.adapters")}
 NO_TORCH = (
+    "exl2_rag.llm.kv_store.tiers", "exl2_rag.llm.kv_store.disk_store", "exl2_rag.llm.kv_store.store_index",
+    "exl2_rag.llm.kv_store.segment", "exl2_rag.llm.kv_store.ram_tier",
     "exl2_rag.llm.page_table", "exl2_rag.llm.scheduler", "exl2_rag.llm.request", "exl2_rag.llm.logprobs",
     "exl2_rag.llm.step_times",
     "exl2_rag.llm.sampling.params", "exl2_rag.llm.sampling.ranges", "exl2_rag.retrieval.fusion",

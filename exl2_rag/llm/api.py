@@ -24,6 +24,7 @@ from exl2_rag.llm.engine_config import (
 from exl2_rag.llm.engine_loader import load_engine
 from exl2_rag.llm.engine_thread import EngineThread
 from exl2_rag.llm.health import DEFAULT_STUCK_AFTER_S, EngineHealth
+from exl2_rag.llm.kv_store.open_tiers import TierOptions
 from exl2_rag.llm.pin import Pin
 from exl2_rag.llm.prompts import Prompt, Prompts, as_batch, as_token_ids
 from exl2_rag.llm.request import CacheReport, GenerationRequest, GenerationResult, SamplingParams, StreamPiece, Usage
@@ -66,10 +67,16 @@ class ExL2LLM(Scoring):
         max_inter_token_gap: the longest time from one token of a text to its next while prompts are computed, as a
             multiple of the usual one; prompts are cut so that it holds. Larger: longer gaps, quicker prompts. None: no
             promise, prompts are cut by a fixed number of tokens.
-        draft_model, kv_store: not available in this version.
+        kv_store: a directory in which pages of the KV cache survive a restart; see docs/kv-store.md. The first start
+            with it reads all weights, to know them again.
+        kv_store_bytes: what it may take on the disk; default: 8 GiB.
+        kv_ram_bytes: host memory for pages that the cache has no more room for; default: none. On the CPU a larger
+            `cache_tokens` does the same without copying.
+        draft_model: not available in this version.
 
     Raises:
         ModelError: there is no usable model; the message names the directory.
+        KVStoreError: `kv_store` cannot be written to.
         SettingsError: an option out of range, or one that this version does not have.
     """
 
@@ -91,8 +98,12 @@ class ExL2LLM(Scoring):
         max_inter_token_gap: float | None = DEFAULT_MAX_INTER_TOKEN_GAP,
         draft_model: str | Path | None = None,
         kv_store: str | Path | None = None,
+        kv_store_bytes: int | None = None,
+        kv_ram_bytes: int | None = None,
     ) -> None:
-        refuse_unsupported(draft_model=draft_model, kv_store=kv_store)
+        refuse_unsupported(draft_model=draft_model)
+        store_dir = None if kv_store is None else Path(kv_store).expanduser()
+        tiers = TierOptions(store_dir, kv_store_bytes, kv_ram_bytes)
         options = EngineOptions(
             device=device,
             max_seq_len=max_seq_len,
@@ -113,7 +124,7 @@ class ExL2LLM(Scoring):
                 f"expected a model directory, found none at {self.model_dir}; download the model first, and give the "
                 "directory that holds its config.json"
             )
-        loaded = load_engine(self.model_dir, options)
+        loaded = load_engine(self.model_dir, options, tiers)
         self.tokenizer: Tokenizer = loaded.tokenizer
         self.config: ModelConfig = loaded.config
         self._template = ChatTemplate.from_dir(self.model_dir)
@@ -364,6 +375,20 @@ class ExL2LLM(Scoring):
         sequence = self._engine.prepare_prompt(self._encode_prefix(prompt), keep_pages=True, cache_salt=cache_salt)
         self._compute(sequence)
         return Pin(self._thread, self._engine, sequence)
+
+    def purge(self, source: str) -> int:
+        """Erase what the cache's tiers hold of a document: pages of requests that named it in `sources`, and all after.
+
+        Nothing of them is left on the disk when this returns. Pages that running requests use stay in the cache until
+        those end.
+
+        Returns:
+            How many page images are gone.
+
+        Raises:
+            KVStoreError: another process writes to the store, or the disk fails.
+        """
+        return self._thread.call(lambda: self._engine.purge(source))
 
     def cache_report(self) -> CacheReport:
         """The state of the KV cache between two steps."""

@@ -36,11 +36,13 @@ from exl2_rag.llm.sampler import DrawnToken, choose
 from exl2_rag.llm.sampler_setup import TokenTexts, next_draw, sampler_state
 from exl2_rag.llm.sampling.draw import Draw
 from exl2_rag.llm.sampling.honoured import refuse_unhonoured
-from exl2_rag.llm.scheduler import Scheduler, Slice
+from exl2_rag.llm.scheduler import Scheduler, Slice, StepPlan
 from exl2_rag.llm.sequence import Evaluation, Sequence, State
+from exl2_rag.llm.sources import source_positions
 
 if TYPE_CHECKING:
     from exl2_rag.llm.constraint import ConstraintMatcher
+    from exl2_rag.llm.kv_store.tiers import CacheTiers
     from exl2_rag.llm.lora.shelf import LoraSet
 
 
@@ -89,6 +91,7 @@ class Engine:
         eos_token_ids: ids that end a text, unless a request says otherwise.
         identity: what the contents of the cache depend on beside the tokens. Needed where they outlive the process.
         loras: the adapters that requests may name; None: there are none.
+        tiers: where pages go that have no room in the cache, or are to survive the process.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class Engine:
         eos_token_ids: Iterable[int] = (),
         identity: CacheIdentity | None = None,
         loras: Loras | None = None,
+        tiers: CacheTiers | None = None,
     ) -> None:
         self.config = config
         self._runner = runner
@@ -110,6 +114,7 @@ class Engine:
         self.identity = identity
         self._identity_digest = b"" if identity is None else identity.digest()
         self._loras = loras
+        self.tiers = tiers
         self._scheduler = self._fresh_scheduler()
         self.n_computed_last = 0  # tokens of the last step
         self._n_prompt_tokens = 0
@@ -118,7 +123,8 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._scheduler.running or self._scheduler.waiting)
+        is_saving = self.tiers is not None and self.tiers.has_work
+        return bool(self._scheduler.running or self._scheduler.waiting or is_saving)
 
     def cache_root(self, salt: str | None = None, lora: Iterable[tuple[str, float]] = ()) -> bytes:
         """The root of the pages of a request. Arguments and errors as for `fingerprint.root_key`."""
@@ -159,6 +165,7 @@ class Engine:
             lora=lora,
             priority=request.priority,
             timeout_s=request.timeout_s,
+            sources=source_positions(request.sources),
         )
         sequence.branches = self._branches(request, sequence.seed)
         return sequence
@@ -209,7 +216,23 @@ class Engine:
 
     def unpin(self, sequence: Sequence) -> None:
         """Let go of the pages that a sequence with `keep_pages` kept. Harmless when that has happened already."""
+        if self.tiers is not None:
+            self.tiers.unpinned(sequence)
         self._scheduler.unpin(sequence)
+
+    def purge(self, source: str) -> int:
+        """Erase what the tiers hold of a source; see `CacheTiers.purge`."""
+        return 0 if self.tiers is None else self.tiers.purge(source)
+
+    def on_room(self, action: Callable[[], None]) -> None:
+        """Have `action` called, by another thread, when the store can take pages again for which it had no room."""
+        if self.tiers is not None and self.tiers.store is not None:
+            self.tiers.store.on_room(action)
+
+    def close(self) -> None:
+        """Write what is still to be written to the store, and close it. Nothing runs any more."""
+        if self.tiers is not None:
+            self.tiers.close()
 
     def step(self) -> list[Update]:
         """Run one step and say what is new.
@@ -223,10 +246,15 @@ class Engine:
         updates = [Update(sequence, error=error) for sequence, error in (*expired, *plan.failures)]
         self._runner.copy_rows(plan.copies)
         self.n_computed_last = sum(one.n_tokens for one in plan.slices)
+        if self.tiers is not None:
+            self.tiers.save_some(others_run=bool(plan.slices))
         if not plan.slices:
             return updates
         rows = self._runner.run(plan.slices)
         self._scheduler.complete(plan)
+        if self.tiers is not None:
+            for one in plan.slices:
+                self.tiers.computed(one.sequence)
         to_sample: list[tuple[Sequence, Tensor]] = []
         for one, logits in zip(plan.slices, rows, strict=True):
             if one.sequence.max_new_tokens > 0:
@@ -235,7 +263,8 @@ class Engine:
             elif update := self._advance_prompt(one, logits):
                 updates.append(update)
         updates += self._advance_text(to_sample)
-        self._scheduler.measured(plan, time.perf_counter() - started)
+        aside_s = 0.0 if self.tiers is None else self.tiers.take_spent_s()
+        self._scheduler.measured(plan, time.perf_counter() - started - aside_s)
         return updates
 
     def reset(self) -> None:
@@ -261,6 +290,7 @@ class Engine:
             preemptions=self._scheduler.n_preemptions,
             running_requests=len(self._scheduler.running),
             waiting_requests=len(self._scheduler.waiting),
+            tiers=None if self.tiers is None else self.tiers.report(),
         )
 
     def check_integrity(self) -> None:
@@ -273,7 +303,21 @@ class Engine:
 
     def _fresh_scheduler(self) -> Scheduler:
         table = PageTable(self.config.n_pages, self.config.page_size, self.cache_root())
-        return Scheduler(table, self.config)
+        scheduler = Scheduler(table, self.config)
+        if self.tiers is not None:
+            self.tiers.attach(table)
+            scheduler.restore = self._restore
+        return scheduler
+
+    def _restore(self, sequence: Sequence, plan: StepPlan) -> bool:
+        """Bring back pages of a sequence that is about to be admitted; False if there is no time for more now."""
+        assert self.tiers is not None
+
+        def carry_out_copies() -> None:
+            self._runner.copy_rows(plan.copies)
+            plan.copies.clear()
+
+        return self.tiers.restore(sequence, carry_out_copies, others_run=bool(self._scheduler.running))
 
     def _lora_set(self, lora: Lora | None) -> LoraSet:
         choices = lora_choices(lora)
@@ -420,6 +464,8 @@ class Engine:
             piece = self._piece(sequence)
         except Exception as error:
             return self._fail(sequence, error)
+        if self.tiers is not None:
+            self.tiers.finished(sequence)
         if sequence.keep_pages:
             self._scheduler.pin(sequence)
         else:

@@ -185,7 +185,7 @@ def resolve(
     )
 
 
-def refuse_unsupported(*, draft_model: object = None, kv_store: object = None) -> None:
+def refuse_unsupported(*, draft_model: object = None) -> None:
     """Refuse options that exist by name but not yet in fact.
 
     Raises:
@@ -194,11 +194,6 @@ def refuse_unsupported(*, draft_model: object = None, kv_store: object = None) -
     if draft_model is not None:
         raise SettingsError(
             f"draft_model={draft_model!r}: speculative decoding is not available in this version; leave it at None"
-        )
-    if kv_store is not None:
-        raise SettingsError(
-            f"kv_store={kv_store!r}: a KV cache that survives a restart is not available in this version; leave it at "
-            "None (prefixes are reused as long as the engine lives)"
         )
 
 

@@ -33,6 +33,7 @@ from exl2_rag.llm.kernels import cuda_runtime
 from exl2_rag.llm.kernels.cuda_backend import Backend
 from exl2_rag.llm.kernels.ops import native_available, set_num_threads
 from exl2_rag.llm.kv_cache import KVCache
+from exl2_rag.llm.kv_store.open_tiers import TierOptions, open_tiers
 from exl2_rag.llm.lora.shelf import LoraShelf
 from exl2_rag.llm.model_runner import ModelRunner
 from exl2_rag.llm.models.cuda_decoder import load_cuda_model
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
+NO_TIERS = TierOptions()
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -99,22 +101,24 @@ class TokenizerText:
         return frozenset(one for one in range(self._tokenizer.vocab_size) if self._tokenizer.is_special(one))
 
 
-def load_engine(model_dir: Path, options: EngineOptions) -> LoadedModel:
+def load_engine(model_dir: Path, options: EngineOptions, tiers: TierOptions = NO_TIERS) -> LoadedModel:
     """Read a model and make its engine.
 
     Raises:
+        KVStoreError: the store of KV pages cannot be opened.
         ModelError: there is no usable model; the message names the directory.
         SettingsError: an option out of range, or one that this version does not have.
     """
     try:
-        return _load(model_dir, options)
+        tiers.check()
+        return _load(model_dir, options, tiers)
     except ModelError as error:
         if str(model_dir) in str(error):
             raise
         raise type(error)(f"{model_dir}: {error}") from error
 
 
-def _load(model_dir: Path, options: EngineOptions) -> LoadedModel:
+def _load(model_dir: Path, options: EngineOptions, tiers: TierOptions) -> LoadedModel:
     config = ModelConfig.from_dir(model_dir)
     checkpoint = Checkpoint.open(model_dir)
     options = dataclasses.replace(options, device=choose_device(options.device))
@@ -129,14 +133,16 @@ def _load(model_dir: Path, options: EngineOptions) -> LoadedModel:
     with memory_errors(device):
         runner = _runner(model_dir, config, checkpoint, engine_config, backend)
     loras = LoraShelf(config, device)
+    identity = CacheIdentity.of(model_dir, config, engine_config, hash_weights=tiers.survives_restart)
     engine = Engine(
         runner,
         engine_config,
         TokenizerText(tokenizer, config.vocab_size),
         vocab_size=config.vocab_size,
         eos_token_ids={*config.eos_token_ids, *tokenizer.eos_token_ids},
-        identity=CacheIdentity.of(model_dir, config, engine_config),
+        identity=identity,
         loras=loras,
+        tiers=open_tiers(tiers, identity, runner.cache, engine_config.page_size),
     )
     return LoadedModel(engine, tokenizer, config, loras)
 

@@ -71,6 +71,7 @@ class EngineThread:
         self._ended_by: str | None = None
         self._monitor = StepMonitor()
         self._tickets: dict[Sequence, Ticket] = {}
+        engine.on_room(self._wake)
         self._thread = threading.Thread(target=self._run, name="exl2-rag engine", daemon=True)
         self._thread.start()
 
@@ -257,6 +258,11 @@ class EngineThread:
             self._inbox.append(command)
             self._condition.notify()
 
+    def _wake(self) -> None:
+        """There may be work that came neither with a command nor from a step."""
+        with self._condition:
+            self._condition.notify()
+
     def _run(self) -> None:
         reason = "the engine was closed"
         try:
@@ -271,6 +277,7 @@ class EngineThread:
             for command in commands:
                 command.fail(EngineClosedError(f"{reason}, before this could be done"))
             self._fail_all(lambda: EngineClosedError(f"{reason}, while this request was in progress"))
+            self._engine.close()
             self._engine.reset()
 
     def _work(self) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from array import array
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -125,6 +126,7 @@ class PageTable:
         self.root_key = root_key
         self.pages = [Page(index) for index in range(n_pages)]
         self.n_evicted = 0
+        self.on_evict: Callable[[Page], None] | None = None  # told of a page while its rows are still in place
         self._free = list(range(n_pages - 1, -1, -1))
         self._by_key: dict[bytes, int] = {}
         self._siblings: dict[tuple[bytes, int], list[int]] = {}
@@ -288,6 +290,32 @@ class PageTable:
         held.n_tokens = n_full * self.page_size
         return None if last is None else self._hold_rows(held, last, n_rows)
 
+    def find(self, key: bytes) -> int | None:
+        """The index of the full page with this key."""
+        return self._by_key.get(key)
+
+    def discard(self, keys: Iterable[bytes]) -> int:
+        """Make the pages of these keys, and those that follow them, blank, as far as nobody holds them; how many."""
+        children: dict[bytes, list[Page]] = {}
+        for page in self.pages:
+            if page.token_ids:
+                children.setdefault(page.parent_key, []).append(page)
+        doomed: dict[int, Page] = {}
+        front = [self.pages[self._by_key[key]] for key in keys if key in self._by_key]
+        while front:
+            page = front.pop()
+            doomed.pop(page.index, None)
+            doomed[page.index] = page  # after every page that it follows
+            front += children.get(page.key, []) if page.key is not None else []
+        n_pages = 0
+        for page in reversed(doomed.values()):
+            if self._is_evictable(page):
+                self._n_cached -= 1
+                self._forget(page)
+                self._free.append(page.index)
+                n_pages += 1
+        return n_pages
+
     def counts(self) -> PageCounts:
         """Pages by state."""
         pinned = {index for held in self._holds.values() if held.pinned for index in held.pages}
@@ -373,6 +401,8 @@ class PageTable:
                 continue
             self._n_cached -= 1
             self.n_evicted += 1
+            if self.on_evict is not None:
+                self.on_evict(page)
             self._forget(page)
             taken = page
         if avoided is not None:

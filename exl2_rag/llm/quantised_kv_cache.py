@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from exl2_rag.llm.kernels.kv_format import QuantisedPages
 from exl2_rag.llm.kv_cache import KVCache
@@ -40,3 +41,8 @@ class QuantisedKVCache(KVCache):
         for pages in (*self.k_pages, *self.v_pages):
             for part in (pages.codes, pages.scales):
                 part[target_page, :n_rows] = part[source_page, :n_rows]
+
+    def _page_parts(self, index: int) -> list[Tensor]:
+        """As in `KVCache`; of keys and values each first the codes, then the scales."""
+        layers = zip(self.k_pages, self.v_pages, strict=True)
+        return [part[index] for layer in layers for pages in layer for part in (pages.codes, pages.scales)]

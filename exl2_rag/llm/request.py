@@ -17,7 +17,9 @@ from exl2_rag.llm.sampling.params import SamplingParams as SamplingParams  # noq
 
 if TYPE_CHECKING:
     from exl2_rag.llm.constraint import Constraint
+    from exl2_rag.llm.kv_store.tiers import TierReport
     from exl2_rag.llm.lora.choice import Lora
+    from exl2_rag.llm.sources import Sources
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 
@@ -33,6 +35,8 @@ class GenerationRequest:
         cache_salt: the tenant. Requests share cached pages with those of the same salt only, and None is a tenant of
             its own; so nobody can tell by the time to the first token what another tenant has asked.
         lora: LoRA adapters at work: a name, (name, scale), or several of either; see `ExL2LLM.load_lora`.
+        sources: ids of the documents in the prompt, or a mapping from each to the position of its first token, 0 if
+            not given. Pages from there on are erased when the document is purged.
         priority: higher ones are served first; see `exl2_rag.llm.scheduler`.
         timeout_s: seconds it may take in all, waiting included; None is any time.
 
@@ -45,6 +49,7 @@ class GenerationRequest:
     constraint: Constraint | None = None
     cache_salt: str | None = None
     lora: Lora | None = None
+    sources: Sources = ()
     priority: int = 0
     timeout_s: float | None = None
 
@@ -139,6 +144,7 @@ class CacheReport:
         evicted_pages: cached pages whose place was needed.
         preemptions: how often a running request had to give up its pages and wait.
         running_requests, waiting_requests: at present.
+        tiers: what host memory and disk hold and gave; None without them.
     """
 
     page_size: int
@@ -154,6 +160,7 @@ class CacheReport:
     preemptions: int
     running_requests: int
     waiting_requests: int
+    tiers: TierReport | None = None
 
     @property
     def hit_rate(self) -> float:

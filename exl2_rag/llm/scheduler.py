@@ -18,6 +18,7 @@ takes the prefix from the cache instead of computing it a second time.
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from exl2_rag.errors import EngineError, Exl2RagError, QueueFullError, RequestTimeoutError
@@ -79,6 +80,8 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.pinned: list[Sequence] = []
         self.n_preemptions = 0
+        # Asked before a sequence is admitted; brings back what lower tiers have of its pages. False: not yet.
+        self.restore: Callable[[Sequence, StepPlan], bool] | None = None
         self._config = config
         self._n_arrivals = 0
         self._copies: list[PageCopy] = []  # for the next step, of sequences that gave up tokens
@@ -273,6 +276,9 @@ class Scheduler:
                 if self.running:
                     return
                 self._fail(plan, sequence)
+                continue
+            if self.restore is not None and not self.restore(sequence, plan):
+                n_kept += 1
                 continue
             self.waiting.remove(sequence)
             self._count_overtaking(sequence)

@@ -64,6 +64,7 @@ class Sequence:
         priority: higher ones come first.
         timeout_s: seconds it may take from now on, waiting included; None is any time.
         index: which of the continuations of one prompt it is.
+        sources: (id of a document, position of its first token in the prompt), as in `GenerationRequest`.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Sequence:
         priority: int = 0,
         timeout_s: float | None = None,
         index: int = 0,
+        sources: tuple[tuple[str, int], ...] = (),
     ) -> None:
         self.token_ids = list(token_ids)
         self.n_prompt = len(token_ids)
@@ -98,6 +100,7 @@ class Sequence:
         self.keep_pages = keep_pages
         self.cache_root = cache_root
         self.lora = lora
+        self.sources = sources
 
         self.priority = priority  # may be raised by the scheduler
         self.timeout_s = timeout_s
@@ -110,6 +113,10 @@ class Sequence:
         self.held: HeldPages | None = None
         self.page_keys: list[bytes] = []  # of its leading full pages, as far as they have been looked up
         self.is_decoding = False  # its prompt is computed; set again to False by a preemption
+        self.n_ram_tokens = 0  # brought back from host memory, and from disk, so that the cache has them
+        self.n_disk_tokens = 0
+        self.n_restored_pages = 0
+        self.n_noted_pages = 0  # leading full pages that `CacheTiers` knows of
         self.n_cached_tokens: int | None = None  # of the prompt, when it was first admitted
         self.finish_reason: FinishReason | None = None
         # One for each new token, if they are asked for. Forced tokens are then measured one by one, instead of at once.

@@ -102,7 +102,7 @@ def test_too_little_memory_to_choose_a_cache_is_said() -> None:
         resolved(LARGE, 1000)
 
 
-@pytest.mark.parametrize("option", ["draft_model", "kv_store"])
+@pytest.mark.parametrize("option", ["draft_model"])
 def test_options_of_later_versions_are_refused_by_name(option: str) -> None:
     with pytest.raises(SettingsError, match=re.escape(f"{option}='somewhere'") + ".*not available in this version"):
         refuse_unsupported(**{option: "somewhere"})

@@ -7,7 +7,7 @@ output sees any mistake in paging. What it should say is computed by `expected_t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from exl2_rag.llm.engine import Engine
 from exl2_rag.llm.engine_config import EngineConfig
 from exl2_rag.llm.forward_inputs import ForwardInputs
 from exl2_rag.llm.kv_cache import KVCache
+from exl2_rag.llm.kv_store.tiers import CacheTiers
 from exl2_rag.llm.model_runner import ModelRunner
 from exl2_rag.llm.output_text import TokenDecoder
 from exl2_rag.llm.request import GenerationRequest
@@ -117,7 +118,9 @@ def toy_text(token_ids: Sequence[int]) -> str:
     return "".join(ToyDecoder().push(token_id) for token_id in token_ids)
 
 
-def toy_engine(model: ToyModel | None = None, **sizes: int) -> Engine:
+def toy_engine(
+    model: ToyModel | None = None, *, make_tiers: Callable[[KVCache], CacheTiers] | None = None, **sizes: int
+) -> Engine:
     """An engine over the toy model; `sizes` are fields of `EngineConfig`."""
     config = EngineConfig(
         **{
@@ -140,4 +143,5 @@ def toy_engine(model: ToyModel | None = None, **sizes: int) -> Engine:
         device=torch.device("cpu"),
     )
     runner = ModelRunner(model or ToyModel(), cache, torch.device("cpu"))
-    return Engine(runner, config, ToyText(), vocab_size=VOCAB, eos_token_ids=[EOS])
+    tiers = None if make_tiers is None else make_tiers(cache)
+    return Engine(runner, config, ToyText(), vocab_size=VOCAB, eos_token_ids=[EOS], tiers=tiers)

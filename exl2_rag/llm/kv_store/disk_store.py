@@ -146,6 +146,10 @@ class DiskStore:
         """Their rows."""
         return self._read(lambda index: index.find(keys), {})
 
+    def sources_of(self, keys: Seq[bytes]) -> dict[bytes, frozenset[str]]:
+        """The sources of stored pages that have any."""
+        return self._read(lambda index: index.sources_of(keys), {})
+
     def seen(self) -> list[bytes]:
         """Keys of pages that were used once and not stored, by this process or an earlier one."""
         return self._read(lambda index: index.seen(), [])

@@ -166,6 +166,14 @@ class StoreIndex:
         """Pages by source."""
         return {row[0]: row[1] for row in self._rows("SELECT source, count(*) FROM tags GROUP BY source")}
 
+    def sources_of(self, keys: Seq[bytes]) -> dict[bytes, frozenset[str]]:
+        """Sources by page, for pages that have any."""
+        found: dict[bytes, frozenset[str]] = {}
+        for marks, some in _in_parts(keys):
+            for key, source in self._rows(f"SELECT key, source FROM tags WHERE key IN ({marks})", some):
+                found[key] = found.get(key, frozenset()) | {source}
+        return found
+
     def seen(self) -> list[bytes]:
         """Keys that were used once and not stored, the longest ago first."""
         return [row[0] for row in self._rows("SELECT key FROM seen ORDER BY last_used")]

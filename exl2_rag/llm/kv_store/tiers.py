@@ -1,0 +1,460 @@
+"""What the engine talks to: pages come back from host memory or disk at admission, and go there when it pays.
+
+    evicted from the KV cache  ->  host memory
+    used a second time, warmed or pinned  ->  disk, through a queue; the first use of a page is only noted down
+    wanted by a request that is being admitted  ->  back, page by page from the chain's head on, into the page table
+
+What cannot be had, or would take longer to load than to compute, is computed. No request fails or waits because of the
+tiers: beside running requests a step loads for a short while only, and the request that wants more waits its turn. For
+the engine's thread alone. Knows page keys, tokens and bytes; no tensors.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Protocol
+
+from exl2_rag.llm.kv_store.disk_store import DiskStore, StoreReport
+from exl2_rag.llm.kv_store.page_store import PageName, PageRecord
+from exl2_rag.llm.kv_store.ram_tier import RamReport, RamTier
+from exl2_rag.llm.kv_store.rates import LoadOrRecompute
+from exl2_rag.llm.page_table import HeldPages, Page, PageTable
+from exl2_rag.llm.sequence import Sequence
+
+_logger = logging.getLogger(__name__)
+
+LOAD_SLICE_S = 0.02
+"""Loading beside running requests takes no longer than this in one step."""
+SAVE_SLICE_S = 0.005
+"""Copying pages out for the disk takes no longer than this in a step in which others run."""
+LEAST_MEASURED_TOKENS = 64
+"""Shorter prompts say little about how fast long ones are computed."""
+MAX_SEEN = 65536
+MAX_TO_SAVE = 16384
+CLOSE_TIMEOUT_S = 30.0
+
+
+class PageImages(Protocol):
+    """The KV cache as bytes; `exl2_rag.llm.kv_cache.KVCache` is one."""
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page's image."""
+        ...
+
+    def read_page(self, index: int) -> bytearray:
+        """The image of a page."""
+        ...
+
+    def write_page(self, index: int, image: bytearray | memoryview) -> None:
+        """Put an image back."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TierReport:
+    """What the tiers have done since the engine was made.
+
+    Attributes:
+        ram, store: of each tier; None where there is none.
+        ram_tokens, disk_tokens: prompt tokens that came from there.
+        load_s: seconds it took.
+        saved_s: seconds their prefill would have taken beyond that, by this engine's measured rate.
+        declined_pages: that would have taken longer to load than to compute.
+        skipped_saves: pages worth keeping on disk that were evicted before they could be copied.
+        prefill_tokens_per_s, disk_bytes_per_s: the rates that decide; None until measured.
+    """
+
+    ram: RamReport | None
+    store: StoreReport | None
+    ram_tokens: int
+    disk_tokens: int
+    load_s: float
+    saved_s: float
+    declined_pages: int
+    skipped_saves: int
+    prefill_tokens_per_s: float | None
+    disk_bytes_per_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class _ToSave:
+    """A page that is to be written to disk."""
+
+    name: PageName
+    root_key: bytes
+
+
+class CacheTiers:
+    """The tiers below one KV cache; at least one of them.
+
+    Args:
+        images: the KV cache as bytes.
+        page_size: tokens on a page.
+    """
+
+    def __init__(self, images: PageImages, page_size: int, *, ram: RamTier | None, store: DiskStore | None) -> None:
+        self.rates = LoadOrRecompute()
+        self.ram = ram
+        self.store = store
+        self._images = images
+        self._page_size = page_size
+        self._table: PageTable | None = None
+        self._seen: OrderedDict[bytes, None] = OrderedDict()  # computed once, not stored
+        self._to_save: OrderedDict[bytes, _ToSave] = OrderedDict()  # parents before their children
+        self._sources: dict[bytes, frozenset[str]] = {}  # of pages in the page table
+        self._ram_tokens = 0
+        self._disk_tokens = 0
+        self._load_s = 0.0
+        self._spent_s = 0.0
+        self._n_declined = 0
+        self._n_skipped = 0
+        if store is not None:
+            self._seen.update(dict.fromkeys(store.seen()))
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `save_some` would do anything."""
+        return bool(self._to_save) and self.store is not None and self.store.has_room
+
+    def attach(self, table: PageTable) -> None:
+        """Work with this page table from now on; what another held is gone."""
+        self._table = table
+        self._to_save.clear()
+        self._sources.clear()
+        table.on_evict = self._keep_evicted
+
+    # --- requests come -----------------------------------------------------------------------------------------------
+
+    def restore(self, sequence: Sequence, carry_out_copies: Callable[[], None], *, others_run: bool) -> bool:
+        """Bring back what a sequence that is about to be admitted can use, into the page table.
+
+        Args:
+            carry_out_copies: carries out the copies planned so far; called before a page is written to.
+            others_run: do not take long.
+
+        Returns:
+            Whether the sequence can be admitted now; False asks for another call in the next step.
+        """
+        table = self._attached()
+        keys = sequence.page_keys
+        n_wanted = sequence.reuse_limit // self._page_size
+        match = table.lookup(sequence.token_ids, n_wanted * self._page_size, keys, sequence.cache_root)
+        n_there = len(match.pages)
+        # A sequence whose restored pages are evicted again before it is admitted must not come back for ever.
+        if n_there < n_wanted and sequence.n_restored_pages < n_wanted:
+            names = self._names(sequence, n_there, n_wanted)
+            held = table.hold(sequence.token_ids, n_there * self._page_size, keys, sequence.cache_root)
+            try:
+                is_done = self._load(sequence, held, names, carry_out_copies, others_run=others_run)
+                n_there = len(held.keys)
+            finally:
+                table.release(held)
+            if not is_done:
+                return False
+        sequence.n_noted_pages = n_there
+        if sequence.n_cached_tokens is None:
+            self._used(sequence, keys[:n_there])
+        return True
+
+    def computed(self, sequence: Sequence) -> None:
+        """Pages of a running sequence may have become full: a first use of them, or a second."""
+        assert sequence.held is not None
+        keys = sequence.held.keys
+        if len(keys) <= sequence.n_noted_pages:
+            sequence.n_noted_pages = len(keys)  # fewer after tokens were taken back
+            return
+        places = range(sequence.n_noted_pages, len(keys))
+        sequence.n_noted_pages = len(keys)
+        self._note_sources(sequence, keys, places)
+        if self.store is None or not self.store.is_writing:
+            return
+        again = [place for place in places if keys[place] in self._seen]
+        first = [keys[place] for place in places if keys[place] not in self._seen]
+        if first:
+            self._seen.update(dict.fromkeys(first))
+            while len(self._seen) > MAX_SEEN:
+                self._seen.popitem(last=False)
+            self.store.note_seen(first)
+        if again:  # with what comes before, which is used at least as often, and without which it is of no use
+            self._save(sequence, range(again[-1] + 1))
+
+    def finished(self, sequence: Sequence) -> None:
+        """The prompt of a sequence is computed and the sequence about to end; its pages are still held."""
+        timings = sequence.timings()
+        n_computed = sequence.n_prompt - (sequence.n_cached_tokens or 0)
+        if n_computed >= LEAST_MEASURED_TOKENS:
+            self.rates.prefill.measured(n_computed, timings.first_token_s - timings.queued_s)
+        is_warming = sequence.max_new_tokens == 0 and sequence.evaluation is None
+        if is_warming and sequence.held is not None and self.store is not None and self.store.is_writing:
+            self._save(sequence, range(len(sequence.held.keys)))
+            if sequence.keep_pages:
+                self.store.set_pinned(list(sequence.held.keys), pinned=True)
+
+    def unpinned(self, sequence: Sequence) -> None:
+        """A sequence that kept its pages is about to let go of them."""
+        if self.store is not None and sequence.held is not None:
+            self.store.set_pinned(list(sequence.held.keys), pinned=False)
+
+    # --- pages go ----------------------------------------------------------------------------------------------------
+
+    def save_some(self, *, others_run: bool) -> None:
+        """Copy pages that are to be written to disk out of the cache; for a short while if others run."""
+        table = self._attached()
+        started = time.perf_counter()
+        deadline = started + SAVE_SLICE_S * (1 if others_run else 10)
+        while self.has_work and self.store is not None and time.perf_counter() < deadline:
+            key, wanted = self._to_save.popitem(last=False)
+            index = table.find(key)
+            image: bytearray | None = None
+            if index is not None:
+                image = self._images.read_page(index)
+            elif self.ram is not None and (kept := self.ram.get(wanted.name)) is not None:
+                image = bytearray(kept)
+            if image is None:
+                self._n_skipped += 1
+                continue
+            sources = tuple(sorted(self._sources.get(key, ())))
+            recompute_s = self.rates.recompute_s(self._page_size)
+            self.store.put_many([PageRecord(wanted.name, wanted.root_key, image, recompute_s, sources)])
+            self._seen.pop(key, None)
+        self._spent_s += time.perf_counter() - started
+
+    def take_spent_s(self) -> float:
+        """Seconds spent on loading and copying since the last call."""
+        spent_s, self._spent_s = self._spent_s, 0.0
+        return spent_s
+
+    def purge(self, source: str) -> int:
+        """Erase what was made from a source in every tier; returns how many page images are gone.
+
+        Pages of requests that run now stay in the KV cache until those end.
+
+        Raises:
+            KVStoreError: the store on disk could not be purged.
+        """
+        table = self._attached()
+        tagged = [key for key, sources in self._sources.items() if source in sources]
+        n_pages = table.discard(tagged)
+        for key in tagged:
+            self._to_save.pop(key, None)
+            if table.find(key) is None:
+                del self._sources[key]
+        if self.ram is not None:
+            n_pages += self.ram.purge(source)
+        if self.store is not None:
+            n_pages += self.store.purge(source)
+        return n_pages
+
+    def report(self) -> TierReport:
+        """What the tiers hold and have done."""
+        n_tokens = self._ram_tokens + self._disk_tokens
+        compute_s = self.rates.prefill.seconds(n_tokens)
+        return TierReport(
+            ram=None if self.ram is None else self.ram.report(),
+            store=None if self.store is None else self.store.report(),
+            ram_tokens=self._ram_tokens,
+            disk_tokens=self._disk_tokens,
+            load_s=self._load_s,
+            saved_s=0.0 if compute_s is None else compute_s - self._load_s,
+            declined_pages=self._n_declined,
+            skipped_saves=self._n_skipped,
+            prefill_tokens_per_s=self.rates.prefill.per_s,
+            disk_bytes_per_s=self.rates.disk.per_s,
+        )
+
+    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Write what is to be written, for `timeout_s` at most, and close the store. Idempotent."""
+        if self.store is None:
+            return
+        deadline = time.perf_counter() + timeout_s
+        while self._to_save and self.store.is_writing and time.perf_counter() < deadline:
+            self.save_some(others_run=False)
+            if self._to_save and not self.store.has_room:
+                time.sleep(0.005)
+        self._n_skipped += len(self._to_save)
+        self._to_save.clear()
+        self.store.close(max(1.0, deadline - time.perf_counter()))
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _attached(self) -> PageTable:
+        assert self._table is not None, "attach() comes first"
+        return self._table
+
+    def _names(self, sequence: Sequence, start: int, end: int) -> list[PageName]:
+        """The names of a sequence's pages from `start` to before `end`; completes its keys as far."""
+        table, keys, size = self._attached(), sequence.page_keys, self._page_size
+        root = table.root_key if sequence.cache_root is None else sequence.cache_root
+        names = []
+        for place in range(end):
+            parent_key = keys[place - 1] if place else root
+            if place < start and place < len(keys):
+                continue
+            token_ids = tuple(sequence.token_ids[place * size : (place + 1) * size])
+            if place == len(keys):
+                keys.append(table.page_key(parent_key, token_ids))
+            if place >= start:
+                names.append(PageName(keys[place], parent_key, token_ids))
+        return names
+
+    def _load(
+        self,
+        sequence: Sequence,
+        held: HeldPages,
+        names: Seq[PageName],
+        carry_out_copies: Callable[[], None],
+        *,
+        others_run: bool,
+    ) -> bool:
+        """Append pages to `held` as far as they can be had; False if there was no more time."""
+        started = time.perf_counter()
+        deadline = started + LOAD_SLICE_S if others_run else float("inf")
+        place = 0
+        is_done = False
+        while not is_done and place < len(names):
+            in_ram = self.ram is not None and self.ram.get(names[place]) is not None
+            run = self._run_of(names[place:], in_ram=in_ram)
+            if in_ram:
+                n_loaded = self._load_from_ram(held, run, carry_out_copies, deadline)
+                self._ram_tokens += n_loaded * self._page_size
+                sequence.n_ram_tokens += n_loaded * self._page_size
+            else:
+                n_loaded = self._load_from_disk(held, run, carry_out_copies, deadline)
+                self._disk_tokens += n_loaded * self._page_size
+                sequence.n_disk_tokens += n_loaded * self._page_size
+            place += n_loaded
+            sequence.n_restored_pages += n_loaded
+            if n_loaded < len(run):
+                is_done = time.perf_counter() < deadline
+                break
+        spent_s = time.perf_counter() - started
+        self._load_s += spent_s if place else 0.0
+        self._spent_s += spent_s
+        return is_done or place == len(names)
+
+    def _run_of(self, names: Seq[PageName], *, in_ram: bool) -> Seq[PageName]:
+        """The leading names that are in host memory, or that are not."""
+        for place, name in enumerate(names):
+            if (self.ram is not None and name.key in self.ram) != in_ram:
+                return names[:place] or names[:1]
+        return names
+
+    def _load_from_ram(
+        self, held: HeldPages, names: Seq[PageName], carry_out_copies: Callable[[], None], deadline: float
+    ) -> int:
+        assert self.ram is not None
+        self.ram.touch([name.key for name in names])
+        for place, name in enumerate(names):
+            # Making room comes first: what is evicted for it goes to host memory, and may displace another image there.
+            if time.perf_counter() >= deadline or not self._make_room(held):
+                return place
+            image = self.ram.get(name)
+            if image is None:
+                return place
+            carry_out_copies()
+            self._put_back(held, name, image)
+            self._sources[name.key] = self.ram.sources(name.key)
+        return len(names)
+
+    def _load_from_disk(
+        self, held: HeldPages, names: Seq[PageName], carry_out_copies: Callable[[], None], deadline: float
+    ) -> int:
+        if self.store is None:
+            return 0
+        stored = self.store.contains([name.key for name in names])
+        n_stored = next((place for place, name in enumerate(names) if name.key not in stored), len(names))
+        if n_stored == 0:
+            return 0
+        if not self.rates.should_load(self._images.page_bytes, self._page_size):
+            self._n_declined += n_stored
+            return 0
+        n_loaded = 0
+        started = time.perf_counter()
+        for name, image in zip(names[:n_stored], self.store.get_many(names[:n_stored]), strict=False):
+            if not self._make_room(held):
+                break
+            carry_out_copies()
+            self._put_back(held, name, image)
+            n_loaded += 1
+            if time.perf_counter() >= deadline:
+                break
+        self._sources.update(self.store.sources_of([name.key for name in names[:n_loaded]]))
+        self.rates.disk.measured(n_loaded * self._images.page_bytes, time.perf_counter() - started)
+        return n_loaded
+
+    def _make_room(self, held: HeldPages) -> bool:
+        wanted = held.n_tokens + self._page_size
+        return self._attached().extend(held, wanted) == wanted
+
+    def _put_back(self, held: HeldPages, name: PageName, image: memoryview) -> None:
+        self._images.write_page(held.pages[-1], image)
+        self._attached().commit(held, name.token_ids)
+
+    def _used(self, sequence: Sequence, keys: Seq[bytes]) -> None:
+        """A request takes these pages, the head of its chain, from the cache: a second use, at least."""
+        if not keys:
+            return
+        self._note_sources(sequence, keys, range(len(keys)))
+        if self.ram is not None:
+            self.ram.touch(keys)
+        if self.store is not None and self.store.is_writing:
+            stored = self.store.contains(keys)
+            if stored:
+                self.store.touch([key for key in keys if key in stored])
+            self._save(sequence, [place for place, key in enumerate(keys) if key not in stored])
+
+    def _save(self, sequence: Sequence, places: Iterable[int]) -> None:
+        """Have pages of a sequence written to disk, unless they are there."""
+        assert self.store is not None
+        table = self._attached()
+        places = list(places)
+        self._names_known(sequence, places)
+        keys = sequence.page_keys
+        stored = self.store.contains([keys[place] for place in places])
+        root = table.root_key if sequence.cache_root is None else sequence.cache_root
+        for place in places:
+            if keys[place] in stored or keys[place] in self._to_save:
+                continue
+            if len(self._to_save) >= MAX_TO_SAVE:
+                self._n_skipped += 1
+                continue
+            token_ids = tuple(sequence.token_ids[place * self._page_size : (place + 1) * self._page_size])
+            name = PageName(keys[place], keys[place - 1] if place else root, token_ids)
+            self._to_save[name.key] = _ToSave(name, root)
+
+    def _names_known(self, sequence: Sequence, places: Seq[int]) -> None:
+        if places and len(sequence.page_keys) <= max(places):
+            self._names(sequence, max(places) + 1, max(places) + 1)
+
+    def _note_sources(self, sequence: Sequence, keys: Seq[bytes], places: Iterable[int]) -> None:
+        """Remember which documents the text of these pages, or text before it, was taken from."""
+        places = list(places)
+        if len(self._sources) > 2 * self._attached().n_pages:  # some pages leave the table without being evicted
+            self._sources = {key: one for key, one in self._sources.items() if self._attached().find(key) is not None}
+        for source, first_token in sequence.sources:
+            tagged = [keys[place] for place in places if (place + 1) * self._page_size > first_token]
+            for key in tagged:
+                self._sources[key] = self._sources.get(key, frozenset()) | {source}
+            if self.ram is not None:
+                self.ram.tag(tagged, [source])
+            if self.store is not None and tagged:
+                self.store.tag(tagged, [source])
+
+    def _keep_evicted(self, page: Page) -> None:
+        """The page table is about to give a page's place to another: its image goes to host memory."""
+        if page.key is None:
+            return
+        sources = self._sources.pop(page.key, frozenset())
+        if self.ram is None:
+            return
+        if page.key in self.ram:
+            self.ram.touch([page.key])
+            return
+        name = PageName(page.key, page.parent_key, tuple(page.token_ids))
+        self.ram.put(name, page.root, self._images.read_page(page.index), sources)
