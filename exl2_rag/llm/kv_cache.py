@@ -71,7 +71,7 @@ class KVCache:
             raise ShapeError(f"expected the image of a page, {self.page_bytes} bytes, got {len(image)}")
         source = torch.frombuffer(image, dtype=torch.uint8).to(parts[0].device)
         sizes = [part.nbytes for part in parts]
-        for part, piece in zip(parts, source.split(sizes), strict=True):
+        for part, piece in zip(parts, torch.split(source, sizes), strict=True):
             part.reshape(-1).view(torch.uint8).copy_(piece)
 
     def _page_parts(self, index: int) -> list[Tensor]:

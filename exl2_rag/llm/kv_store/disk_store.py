@@ -238,7 +238,8 @@ class DiskStore:
     def verify(self) -> tuple[int, int]:
         """Read every page; those that are not sound are deleted. Returns how many were sound, and how many were not."""
         n_sound = n_damaged = 0
-        for page in self._read(lambda index: index.pages(), []):
+        nothing: list[IndexedPage] = []
+        for page in self._read(lambda index: index.pages(), nothing):
             if self._image(page, []) is None:
                 n_damaged += 1
             else:

@@ -363,8 +363,7 @@ class StoreIndex:
                 yield
                 self._database.execute("COMMIT")
             except BaseException:
-                if self._database.in_transaction:
-                    self._database.execute("ROLLBACK")
+                self._database.rollback()  # harmless where SQLite has done so by itself
                 raise
 
     def _tag(self, key: bytes, sources: Seq[str]) -> None:
