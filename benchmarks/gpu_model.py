@@ -113,6 +113,9 @@ class NoText:
     def decoder(self, prompt: tuple[int, ...]) -> Any:
         return self
 
+    def shown_text(self, token_ids: Any) -> str:
+        return ""
+
     def matcher(self, request: GenerationRequest) -> None:
         return None
 

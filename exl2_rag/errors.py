@@ -20,6 +20,7 @@ these; `assert` is only for what the package itself can get wrong.
      |   +- RequestCancelledError      the request was cancelled before it finished
      |   +- RequestTimeoutError        the request's `timeout_s` ran out                (also TimeoutError)
      |   +- QueueFullError             more requests wait than `max_waiting` allows
+     |   +- PinLimitError              a pin would leave too little of the cache for requests
      |   +- CacheIntegrityError        the page table contradicts itself (a bug in this package)
      |   +- KVStoreError               the directory of the persistent KV store cannot be used
      +- KernelError                    an op called with tensors it cannot take
@@ -110,6 +111,10 @@ class RequestTimeoutError(EngineError, TimeoutError):
 
 class QueueFullError(EngineError):
     """The engine has as many requests as it takes; try again later."""
+
+
+class PinLimitError(EngineError):
+    """A pin would leave too little of the cache for requests."""
 
 
 class CacheIntegrityError(EngineError):

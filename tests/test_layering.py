@@ -26,7 +26,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *SHARED, "exl2_rag.llm.models", "exl2_rag.llm.layers", "exl2_rag.llm.kernels", "exl2_rag.llm.checkpoint",
         "exl2_rag.llm.config", "exl2_rag.llm.kv_cache", "exl2_rag.llm.forward_inputs",
     ),
-    "exl2_rag.llm.page_table": SHARED,
+    "exl2_rag.llm.page_table": (*SHARED, "exl2_rag.llm.evicted_pages"),
+    "exl2_rag.llm.evicted_pages": (),
+    "exl2_rag.llm.prefix_trace": ("exl2_rag.llm.page_table",),
     "exl2_rag.llm.kv_store": (
         *SHARED, "exl2_rag.llm.kv_store", "exl2_rag.llm.page_table", "exl2_rag.llm.sequence",
     ),

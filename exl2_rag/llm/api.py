@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack, cast, overload
 
 from exl2_rag.errors import ModelNotFoundError
+from exl2_rag.llm.cache_control import CacheControl
 from exl2_rag.llm.chat_template import ChatTemplate, Message, encode_chat
 from exl2_rag.llm.config import ModelConfig
 from exl2_rag.llm.engine_config import (
@@ -25,9 +26,8 @@ from exl2_rag.llm.engine_loader import load_engine
 from exl2_rag.llm.engine_thread import EngineThread
 from exl2_rag.llm.health import DEFAULT_STUCK_AFTER_S, EngineHealth
 from exl2_rag.llm.kv_store.open_tiers import TierOptions
-from exl2_rag.llm.pin import Pin
 from exl2_rag.llm.prompts import Prompt, Prompts, as_batch, as_token_ids
-from exl2_rag.llm.request import CacheReport, GenerationRequest, GenerationResult, SamplingParams, StreamPiece, Usage
+from exl2_rag.llm.request import GenerationRequest, GenerationResult, SamplingParams, StreamPiece, Usage
 from exl2_rag.llm.request_options import RequestOptions
 from exl2_rag.llm.scoring import Scoring
 from exl2_rag.llm.sequence import Sequence
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 Tools = Seq[dict[str, Any]]
 
 
-class ExL2LLM(Scoring):
+class ExL2LLM(CacheControl, Scoring):
     """A language model and the engine that runs it. Safe to share between threads and event loops.
 
     A prompt is a text or a list of token ids. Text is ordinary text: what looks like a special token in it is not read
@@ -360,40 +360,6 @@ class ExL2LLM(Scoring):
         """The loaded adapters."""
         return self._loras.infos()
 
-    # --- the cache -------------------------------------------------------------------------------------------------
-
-    def warm(self, prompt: Prompt | Seq[Message], *, cache_salt: str | None = None) -> Usage:
-        """Compute a prompt, or the beginning of a chat, so that later requests of this salt find it in the cache.
-
-        Returns:
-            Its token count, and how many of them were there already.
-        """
-        return self._compute(self._engine.prepare_prompt(self._encode_prefix(prompt), cache_salt=cache_salt))
-
-    def pin(self, prompt: Prompt | Seq[Message], *, cache_salt: str | None = None) -> Pin:
-        """`warm`, and keep the pages until the returned pin is released or the engine is closed."""
-        sequence = self._engine.prepare_prompt(self._encode_prefix(prompt), keep_pages=True, cache_salt=cache_salt)
-        self._compute(sequence)
-        return Pin(self._thread, self._engine, sequence)
-
-    def purge(self, source: str) -> int:
-        """Erase what the cache's tiers hold of a document: pages of requests that named it in `sources`, and all after.
-
-        Nothing of them is left on the disk when this returns. Pages that running requests use stay in the cache until
-        those end.
-
-        Returns:
-            How many page images are gone.
-
-        Raises:
-            KVStoreError: another process writes to the store, or the disk fails.
-        """
-        return self._thread.call(lambda: self._engine.purge(source))
-
-    def cache_report(self) -> CacheReport:
-        """The state of the KV cache between two steps."""
-        return self._thread.call(self._engine.report)
-
     # --- end of life -----------------------------------------------------------------------------------------------
 
     @property
@@ -492,4 +458,5 @@ def _joined(pieces: list[StreamPiece]) -> GenerationResult:
         timings=last.timings,
         index=last.index,
         logprobs=None if last.logprobs is None else tuple(logprobs),
+        cache_explain=last.cache_explain,
     )

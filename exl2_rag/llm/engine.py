@@ -10,6 +10,7 @@ import dataclasses
 import secrets
 import time
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 
 from exl2_rag.errors import ContextOverflowError, EngineError, Exl2RagError, RequestError
+from exl2_rag.llm.cache_explanation import CacheExplanation, explain
+from exl2_rag.llm.cache_report import CacheReport
 from exl2_rag.llm.engine_config import EngineConfig
 from exl2_rag.llm.fingerprint import CacheIdentity, root_key
 from exl2_rag.llm.lora.choice import Lora, LoraChoices, lora_choices, lora_identity
@@ -24,14 +27,9 @@ from exl2_rag.llm.model_runner import ModelRunner
 from exl2_rag.llm.output_text import OutputText, TokenDecoder
 from exl2_rag.llm.page_table import PageTable
 from exl2_rag.llm.page_table_check import check_integrity
-from exl2_rag.llm.request import (
-    CacheReport,
-    FinishReason,
-    GenerationRequest,
-    SamplingParams,
-    StreamPiece,
-    branch_seed,
-)
+from exl2_rag.llm.prefill_rate import PrefillRate
+from exl2_rag.llm.prefix_trace import trace_prefix
+from exl2_rag.llm.request import FinishReason, GenerationRequest, SamplingParams, StreamPiece, branch_seed
 from exl2_rag.llm.sampler import DrawnToken, choose
 from exl2_rag.llm.sampler_setup import TokenTexts, next_draw, sampler_state
 from exl2_rag.llm.sampling.draw import Draw
@@ -39,6 +37,7 @@ from exl2_rag.llm.sampling.honoured import refuse_unhonoured
 from exl2_rag.llm.scheduler import Scheduler, Slice, StepPlan
 from exl2_rag.llm.sequence import Evaluation, Sequence, State
 from exl2_rag.llm.sources import source_positions
+from exl2_rag.llm.tenants import Tenants
 
 if TYPE_CHECKING:
     from exl2_rag.llm.constraint import ConstraintMatcher
@@ -67,6 +66,10 @@ class TextTools(TokenTexts, Protocol):
         """A fresh decoder for what follows the prompt."""
         ...
 
+    def shown_text(self, token_ids: Seq[int]) -> str:
+        """The text of any token ids, special tokens included, to be shown to people."""
+        ...
+
     def matcher(self, request: GenerationRequest) -> ConstraintMatcher | None:
         """A fresh matcher of the request's constraint. Raises ConstraintError if it cannot be enforced."""
         ...
@@ -92,6 +95,7 @@ class Engine:
         identity: what the contents of the cache depend on beside the tokens. Needed where they outlive the process.
         loras: the adapters that requests may name; None: there are none.
         tiers: where pages go that have no room in the cache, or are to survive the process.
+        clock: seconds, by which pins expire.
     """
 
     def __init__(
@@ -105,6 +109,7 @@ class Engine:
         identity: CacheIdentity | None = None,
         loras: Loras | None = None,
         tiers: CacheTiers | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
         self._runner = runner
@@ -112,9 +117,12 @@ class Engine:
         self._vocab_size = vocab_size
         self._eos_token_ids = frozenset(eos_token_ids)
         self.identity = identity
-        self._identity_digest = b"" if identity is None else identity.digest()
         self._loras = loras
         self.tiers = tiers
+        self._clock = clock
+        digest = b"" if identity is None else identity.digest()
+        self._tenants = Tenants(lambda salt, lora: root_key(digest, salt=salt, lora=lora))
+        self._prefill_rate = PrefillRate()
         self._scheduler = self._fresh_scheduler()
         self.n_computed_last = 0  # tokens of the last step
         self._n_prompt_tokens = 0
@@ -128,7 +136,7 @@ class Engine:
 
     def cache_root(self, salt: str | None = None, lora: Iterable[tuple[str, float]] = ()) -> bytes:
         """The root of the pages of a request. Arguments and errors as for `fingerprint.root_key`."""
-        return root_key(self._identity_digest, salt=salt, lora=lora)
+        return self._tenants.root(salt, lora)
 
     @property
     def queue_lengths(self) -> tuple[int, int]:
@@ -178,6 +186,7 @@ class Engine:
         evaluation: Evaluation | None = None,
         cache_salt: str | None = None,
         lora: Lora | None = None,
+        pin_ttl_s: float | None = None,
     ) -> Sequence:
         """A sequence that only computes its prompt: to warm the cache, to pin it, or to read logits.
 
@@ -192,6 +201,7 @@ class Engine:
             sampling=SamplingParams(),
             evaluation=evaluation,
             keep_pages=keep_pages,
+            pin_ttl_s=pin_ttl_s,
             cache_root=self.cache_root(cache_salt, lora_identity(adapters)),
             lora=adapters,
         )
@@ -202,7 +212,11 @@ class Engine:
         Raises:
             ConstraintError: its constraint gives up.
             QueueFullError: too many wait already.
+            PinLimitError: its pages are to be kept, and would leave too little of the cache for requests.
         """
+        if sequence.keep_pages:
+            coming = [*self._scheduler.waiting, *self._scheduler.running]
+            self._scheduler.pins.check(sequence, [one for one in coming if one.keep_pages])
         for one in (sequence, *sequence.branches):
             if one.matcher is not None:
                 # What must come first needs no sampling; the last token is left to be sampled, to end the text
@@ -216,8 +230,6 @@ class Engine:
 
     def unpin(self, sequence: Sequence) -> None:
         """Let go of the pages that a sequence with `keep_pages` kept. Harmless when that has happened already."""
-        if self.tiers is not None:
-            self.tiers.unpinned(sequence)
         self._scheduler.unpin(sequence)
 
     def purge(self, source: str) -> int:
@@ -233,6 +245,48 @@ class Engine:
         """Write what is still to be written to the store, and close it. Nothing runs any more."""
         if self.tiers is not None:
             self.tiers.close()
+
+    def renew_pin(self, sequence: Sequence, ttl_s: float | None) -> bool:
+        """Begin another time to live of a pin; False if it is over."""
+        return self._scheduler.pins.renew(sequence, ttl_s)
+
+    def is_pinned(self, sequence: Sequence) -> bool:
+        """Whether a sequence's pages are kept at this moment. Safe from any thread."""
+        return self._scheduler.pins.is_active(sequence)
+
+    def evict(
+        self, token_ids: tuple[int, ...] | None, *, cache_salt: str | None = None, all_salts: bool = False
+    ) -> int:
+        """Forget cached pages that nobody holds; return how many.
+
+        Args:
+            token_ids: the text to forget, with all that goes on from it; None: every text.
+            cache_salt: whose; all adapter sets count.
+            all_salts: everybody's.
+        """
+        table = self._scheduler.table
+        self._scheduler.pins.expire()
+        roots = list(table.roots) if all_salts else self._tenants.roots(cache_salt)
+        return sum(table.drop(token_ids, root) for root in roots)
+
+    def explain(
+        self, token_ids: tuple[int, ...], *, cache_salt: str | None = None, lora: Lora | None = None
+    ) -> CacheExplanation:
+        """What a prompt would find in the pages now. Changes nothing.
+
+        Raises:
+            RequestError, ContextOverflowError: as for `prepare`.
+        """
+        self._check_prompt(token_ids, n_new=0)
+        table = self._scheduler.table
+        trace = trace_prefix(
+            table,
+            token_ids,
+            len(token_ids) - 1,
+            root=self.cache_root(cache_salt, lora_identity(self._lora_set(lora))),
+            other_roots=reversed(table.roots),
+        )
+        return explain(trace, token_ids, self._text.shown_text)
 
     def step(self) -> list[Update]:
         """Run one step and say what is new.
@@ -250,6 +304,8 @@ class Engine:
             self.tiers.save_some(others_run=bool(plan.slices))
         if not plan.slices:
             return updates
+        n_prefill = sum(one.n_tokens for one in plan.slices if not one.sequence.is_decoding)
+        n_decode = sum(one.n_tokens for one in plan.slices) - n_prefill
         rows = self._runner.run(plan.slices)
         self._scheduler.complete(plan)
         if self.tiers is not None:
@@ -264,7 +320,9 @@ class Engine:
                 updates.append(update)
         updates += self._advance_text(to_sample)
         aside_s = 0.0 if self.tiers is None else self.tiers.take_spent_s()
-        self._scheduler.measured(plan, time.perf_counter() - started - aside_s)
+        elapsed_s = time.perf_counter() - started - aside_s
+        self._scheduler.measured(plan, elapsed_s)
+        self._prefill_rate.note(n_prefill, n_decode, elapsed_s)
         return updates
 
     def reset(self) -> None:
@@ -272,9 +330,10 @@ class Engine:
         self._scheduler.forget_all()
         self._scheduler = self._fresh_scheduler()
 
-    def report(self) -> CacheReport:
+    def report(self, *, per_salt: bool = False) -> CacheReport:
         """The state of the cache."""
         table = self._scheduler.table
+        pins = self._scheduler.pins.reports()
         counts = table.counts()
         return CacheReport(
             page_size=table.page_size,
@@ -291,6 +350,9 @@ class Engine:
             running_requests=len(self._scheduler.running),
             waiting_requests=len(self._scheduler.waiting),
             tiers=None if self.tiers is None else self.tiers.report(),
+            prefill_tokens_per_s=self._prefill_rate.tokens_per_s,
+            pins=pins,
+            salts=self._tenants.reports(table.roots) if per_salt else (),
         )
 
     def check_integrity(self) -> None:
@@ -303,10 +365,11 @@ class Engine:
 
     def _fresh_scheduler(self) -> Scheduler:
         table = PageTable(self.config.n_pages, self.config.page_size, self.cache_root())
-        scheduler = Scheduler(table, self.config)
+        scheduler = Scheduler(table, self.config, self._clock)
         if self.tiers is not None:
             self.tiers.attach(table)
             scheduler.restore = self._restore
+            scheduler.pins.on_release = self.tiers.unpinned
         return scheduler
 
     def _restore(self, sequence: Sequence, plan: StepPlan) -> bool:
@@ -473,6 +536,7 @@ class Engine:
         if sequence.index == 0:  # its branches had the prompt from it
             self._n_prompt_tokens += sequence.n_prompt
             self._n_cached_tokens += sequence.n_cached_tokens or 0
+            self._tenants.note(sequence.cache_root, sequence.n_prompt, sequence.n_cached_tokens or 0)
         return Update(sequence, piece)
 
     def _fail(self, sequence: Sequence, error: Exception) -> Update:
@@ -506,6 +570,20 @@ class Engine:
             sequence.timings(),
             index=sequence.index,
             logprobs=logprobs,
+            cache_explain=self._explanation(sequence),
+        )
+
+    def _explanation(self, sequence: Sequence) -> CacheExplanation | None:
+        if sequence.prefix_trace is None:
+            return None
+        prompt = sequence.token_ids[: sequence.n_prompt]
+        return explain(
+            sequence.prefix_trace,
+            prompt,
+            self._text.shown_text,
+            reused=sequence.n_cached_tokens,
+            from_ram=sequence.n_ram_tokens,
+            from_disk=sequence.n_disk_tokens,
         )
 
 

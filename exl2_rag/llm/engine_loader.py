@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import sys
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,10 @@ class TokenizerText:
     def decoder(self, prompt: tuple[int, ...]) -> TokenDecoder:
         """A fresh decoder for what follows the prompt."""
         return self._tokenizer.incremental(after=prompt)
+
+    def shown_text(self, token_ids: Seq[int]) -> str:
+        """The text of any token ids, special tokens included."""
+        return self._tokenizer.decode(token_ids, skip_special=False)
 
     def matcher(self, request: GenerationRequest) -> ConstraintMatcher | None:
         """A fresh matcher of the request's constraint. Raises ConstraintError if it cannot be enforced."""

@@ -24,8 +24,11 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from exl2_rag.errors import CacheIntegrityError
+from exl2_rag.llm.evicted_pages import EvictedPages
 
 KEY_BYTES = 16
+# Evicted pages that are remembered, to tell why a prompt was not found: two for each page there is, within these.
+MIN_REMEMBERED, MAX_REMEMBERED = 64, 16_384
 
 
 @dataclass(slots=True)
@@ -127,9 +130,11 @@ class PageTable:
         self.pages = [Page(index) for index in range(n_pages)]
         self.n_evicted = 0
         self.on_evict: Callable[[Page], None] | None = None  # told of a page while its rows are still in place
+        self.evicted = EvictedPages(min(max(2 * n_pages, MIN_REMEMBERED), MAX_REMEMBERED))
+        self.roots: dict[bytes, int] = {}  # pages with tokens below each, in the order in which they came up
         self._free = list(range(n_pages - 1, -1, -1))
         self._by_key: dict[bytes, int] = {}
-        self._siblings: dict[tuple[bytes, int], list[int]] = {}
+        self._children: dict[bytes, dict[int, list[int]]] = {}  # by the key they follow, then by their first token
         self._holds: dict[int, HeldPages] = {}
         self._evictable: list[tuple[int, int]] = []  # heap of (last_used, index); stale entries are skipped when met
         self._n_cached = 0
@@ -316,11 +321,69 @@ class PageTable:
                 n_pages += 1
         return n_pages
 
+    def drop(self, token_ids: Seq[int] | None = None, root: bytes | None = None) -> int:
+        """Forget cached pages below `root` that nobody holds; return how many. None of the held ones is touched.
+
+        Args:
+            token_ids: the text to forget, with all that goes on from it. Leading pages that another text goes on from
+                stay. None forgets every text.
+        """
+        root = self.root_key if root is None else root
+        if token_ids is None:
+            wanted = {page.index for page in self.pages if page.root == root}
+        else:
+            wanted = self._pages_of(token_ids, root)
+        ready = [self.pages[index] for index in wanted if self._is_evictable(self.pages[index])]
+        n_dropped = 0
+        while ready:
+            page = ready.pop()
+            parent_index = self._by_key.get(page.parent_key)
+            self._evict(page)
+            self._free.append(page.index)
+            n_dropped += 1
+            if parent_index in wanted and self._is_evictable(self.pages[parent_index]):
+                ready.append(self.pages[parent_index])
+        return n_dropped
+
+    def text_after(self, parent_key: bytes, source: int | None, n_rows: int, n_tokens: int) -> tuple[int, ...]:
+        """Up to `n_tokens` tokens of a cached text: from row `n_rows` of the page `source` on; without a source, what
+        was hung below `parent_key` last."""
+        found: list[int] = []
+        page = self._youngest_child(parent_key) if source is None else self.pages[source]
+        while page is not None and len(found) < n_tokens:
+            found += page.token_ids[n_rows : n_rows + n_tokens - len(found)]
+            n_rows = 0
+            page = None if page.key is None else self._youngest_child(page.key)
+        return tuple(found)
+
     def counts(self) -> PageCounts:
         """Pages by state."""
         pinned = {index for held in self._holds.values() if held.pinned for index in held.pages}
         held_pages = {index for held in self._holds.values() for index in held.pages}
         return PageCounts(len(self._free), self._n_cached, len(held_pages - pinned), len(pinned))
+
+    def _youngest_child(self, key: bytes) -> Page | None:
+        by_first_token = self._children.get(key)
+        return self.pages[by_first_token[next(reversed(by_first_token))][-1]] if by_first_token else None
+
+    def _pages_of(self, token_ids: Seq[int], root: bytes) -> set[int]:
+        """The pages of a text and of every text that goes on from it."""
+        match = self.lookup(token_ids, len(token_ids), root=root)
+        rest = list(token_ids[len(match.pages) * self.page_size :])
+        found = list(match.pages)
+        place = len(found)
+        for siblings in self._children.get(match.keys[-1] if match.keys else root, {}).values():
+            for index in siblings:
+                tokens = self.pages[index].token_ids
+                # One page of the text itself, left partly filled, or one that goes on from its last token.
+                if common_prefix(tokens, rest) == min(len(tokens), len(rest)):
+                    found.append(index)
+        while place < len(found):
+            key = self.pages[found[place]].key
+            place += 1
+            if key is not None:
+                found += [index for siblings in self._children.get(key, {}).values() for index in siblings]
+        return set(found)
 
     def _best_sibling(self, parent_key: bytes, wanted: Seq[int]) -> tuple[int | None, int]:
         """The page after `parent_key` that agrees with `wanted` longest, and in how many rows.
@@ -330,7 +393,7 @@ class PageTable:
         best: int | None = None
         n_best = 0
         spares_copy = False
-        for index in self._siblings.get((parent_key, wanted[0]), ()) if wanted else ():
+        for index in self._children.get(parent_key, {}).get(wanted[0], ()) if wanted else ():
             page = self.pages[index]
             n_tokens = len(page.token_ids)
             # Most pages differ from the prompt where the best one so far does not; they need no comparison. Prompts
@@ -399,15 +462,20 @@ class PageTable:
             if page is avoid:
                 avoided = entry
                 continue
-            self._n_cached -= 1
             self.n_evicted += 1
             if self.on_evict is not None:
                 self.on_evict(page)
-            self._forget(page)
+            self._evict(page)
             taken = page
         if avoided is not None:
             heapq.heappush(self._evictable, avoided)
         return taken
+
+    def _evict(self, page: Page) -> None:
+        """Make a cached page without children blank, and remember that it was there."""
+        self._n_cached -= 1
+        self.evicted.add(page.parent_key, page.token_ids, page.key)
+        self._forget(page)
 
     def _is_evictable(self, page: Page) -> bool:
         return page.n_holders == 0 and page.n_children == 0 and bool(page.token_ids)
@@ -436,8 +504,9 @@ class PageTable:
         """Hang a blank page that has just got its first tokens into the tree of `root`."""
         page.parent_key = parent_key
         page.root = root
+        self.roots[root] = self.roots.get(root, 0) + 1
         page.token_ids = list(token_ids)
-        self._siblings.setdefault((parent_key, page.token_ids[0]), []).append(page.index)
+        self._children.setdefault(parent_key, {}).setdefault(page.token_ids[0], []).append(page.index)
         if parent_key != root:
             self.pages[self._by_key[parent_key]].n_children += 1
 
@@ -462,15 +531,21 @@ class PageTable:
 
     def _forget(self, page: Page) -> None:
         """Take a page out of the tree and make it blank."""
-        siblings = self._siblings[page.parent_key, page.token_ids[0]]
+        by_first_token = self._children[page.parent_key]
+        siblings = by_first_token[page.token_ids[0]]
         siblings.remove(page.index)
         if not siblings:
-            del self._siblings[page.parent_key, page.token_ids[0]]
+            del by_first_token[page.token_ids[0]]
+            if not by_first_token:
+                del self._children[page.parent_key]
         self._drop_key(page)
         if page.parent_key != page.root:
             parent = self.pages[self._by_key[page.parent_key]]
             parent.n_children -= 1
             self._offer(parent)
+        self.roots[page.root] -= 1
+        if not self.roots[page.root]:
+            del self.roots[page.root]
         page.parent_key = page.root = b""
         page.token_ids = []
 

@@ -97,11 +97,18 @@ def _index_faults(table: PageTable) -> list[str]:
     if len(keyed) != sum(page.key is not None for page in table.pages):
         faults.append("two pages have the same key")
     expected = Counter((page.parent_key, page.token_ids[0], page.index) for page in table.pages if page.token_ids)
-    listed = Counter((*place, index) for place, indices in table._siblings.items() for index in indices)
+    listed = Counter(
+        (key, first_token, index)
+        for key, by_first_token in table._children.items()
+        for first_token, indices in by_first_token.items()
+        for index in indices
+    )
     if expected != listed:
-        faults.append("the table of siblings does not list the pages with tokens")
-    if not all(table._siblings.values()):
-        faults.append("the table of siblings keeps an empty list")
+        faults.append("the table of children does not list the pages with tokens")
+    if not all(by_first_token and all(by_first_token.values()) for by_first_token in table._children.values()):
+        faults.append("the table of children keeps an empty list")
+    if table.roots != Counter(page.root for page in table.pages if page.token_ids):
+        faults.append("the pages of each root are counted wrong")
     return faults
 
 

@@ -16,8 +16,8 @@ from exl2_rag.llm.logprobs import TokenLogprob
 from exl2_rag.llm.sampling.params import SamplingParams as SamplingParams  # noqa: PLC0414 (callers find it here)
 
 if TYPE_CHECKING:
+    from exl2_rag.llm.cache_explanation import CacheExplanation
     from exl2_rag.llm.constraint import Constraint
-    from exl2_rag.llm.kv_store.tiers import TierReport
     from exl2_rag.llm.lora.choice import Lora
     from exl2_rag.llm.sources import Sources
 
@@ -92,6 +92,7 @@ class GenerationResult:
         logprobs: one for each of `token_ids`, if `SamplingParams.logprobs` asks for them; else None.
         index: which of the continuations of one prompt it is.
         alternatives: the others, of a request for several; only the first has them.
+        cache_explain: what of the prompt came from the cache, and why no more; for the operator, not for tenants.
     """
 
     text: str
@@ -102,6 +103,7 @@ class GenerationResult:
     logprobs: tuple[TokenLogprob, ...] | None = None
     index: int = 0
     alternatives: tuple[GenerationResult, ...] = ()
+    cache_explain: CacheExplanation | None = None
 
     @property
     def choices(self) -> tuple[GenerationResult, ...]:
@@ -117,7 +119,7 @@ class GenerationResult:
 
 @dataclass(frozen=True, slots=True)
 class StreamPiece:
-    """A piece of a continuation, whole characters only. Only the last piece has finish_reason, usage and timings.
+    """A piece of a continuation, whole characters only. Only the last piece has more than these.
 
     Attributes:
         logprobs: one for each of `token_ids`, if they were asked for.
@@ -131,41 +133,7 @@ class StreamPiece:
     timings: Timings | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
     index: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class CacheReport:
-    """The state of the KV cache. Each page is free, cached (kept, but held by nobody), running or pinned.
-
-    Attributes:
-        page_size: tokens on a page.
-        size_bytes: memory of the whole cache.
-        prompt_tokens, cached_tokens: of all requests so far; cached ones were not computed again.
-        evicted_pages: cached pages whose place was needed.
-        preemptions: how often a running request had to give up its pages and wait.
-        running_requests, waiting_requests: at present.
-        tiers: what host memory and disk hold and gave; None without them.
-    """
-
-    page_size: int
-    pages: int
-    free_pages: int
-    cached_pages: int
-    running_pages: int
-    pinned_pages: int
-    size_bytes: int
-    prompt_tokens: int
-    cached_tokens: int
-    evicted_pages: int
-    preemptions: int
-    running_requests: int
-    waiting_requests: int
-    tiers: TierReport | None = None
-
-    @property
-    def hit_rate(self) -> float:
-        """Share of prompt tokens that came from the cache, 0 to 1."""
-        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+    cache_explain: CacheExplanation | None = None
 
 
 def branch_seed(seed: int, index: int) -> int:

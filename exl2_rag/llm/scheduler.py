@@ -17,6 +17,7 @@ takes the prefix from the cache instead of computing it a second time.
 
 from __future__ import annotations
 
+import time
 from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from dataclasses import dataclass, field
 from exl2_rag.errors import EngineError, Exl2RagError, QueueFullError, RequestTimeoutError
 from exl2_rag.llm.engine_config import EngineConfig
 from exl2_rag.llm.page_table import PageCopy, PageTable, common_prefix
+from exl2_rag.llm.pin_book import PinBook
+from exl2_rag.llm.prefix_trace import trace_prefix
 from exl2_rag.llm.sequence import Sequence, State
 from exl2_rag.llm.step_times import PrefillBudget, StepTimes
 
@@ -74,11 +77,11 @@ class StepPlan:
 class Scheduler:
     """Plans the steps for all sequences over one page table."""
 
-    def __init__(self, table: PageTable, config: EngineConfig) -> None:
+    def __init__(self, table: PageTable, config: EngineConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self.table = table
         self.waiting: list[Sequence] = []  # both in order of rank
         self.running: list[Sequence] = []
-        self.pinned: list[Sequence] = []
+        self.pins = PinBook(table, clock)
         self.n_preemptions = 0
         # Asked before a sequence is admitted; brings back what lower tiers have of its pages. False: not yet.
         self.restore: Callable[[Sequence, StepPlan], bool] | None = None
@@ -149,28 +152,23 @@ class Scheduler:
             sequence.held = None
 
     def pin(self, sequence: Sequence) -> None:
-        """Take out a sequence whose prompt is computed, but keep its pages until `unpin`."""
-        assert sequence.held is not None
+        """Take out a sequence whose prompt is computed, but keep its pages until `unpin`, or for its time to live."""
         self.running.remove(sequence)
-        self.pinned.append(sequence)
+        self.pins.add(sequence, sequence.pin_ttl_s)
         sequence.state = State.ENDED
-        sequence.held.pinned = True
 
     def unpin(self, sequence: Sequence) -> None:
         """Let go of the pages of a pinned sequence. Harmless when that has happened already."""
-        if sequence in self.pinned:
-            assert sequence.held is not None
-            self.pinned.remove(sequence)
-            self.table.release(sequence.held)
-            sequence.held = None
+        self.pins.release(sequence)
 
     def forget_all(self) -> None:
         """End every sequence and every pin without touching the page table, which is not to be used any more."""
-        for sequence in (*self.waiting, *self.running, *self.pinned):
+        for sequence in (*self.waiting, *self.running):
             for one in (sequence, *sequence.branches):
                 one.state = State.ENDED
             sequence.held = None
-        self.waiting, self.running, self.pinned = [], [], []
+        self.waiting, self.running = [], []
+        self.pins.forget_all()
 
     def forget_rows(self, sequence: Sequence) -> None:
         """Let go of the pages of tokens that a sequence has given up; see `Sequence.roll_back`.
@@ -187,6 +185,7 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """Decide the next step. Takes pages, and preempts where none is left."""
+        self.pins.expire()
         plan = StepPlan(copies=self._copies)
         self._copies = []
         decoding = [one for one in self.running if one.is_decoding and one.n_pending <= MOST_DECODED_TOKENS]
@@ -282,6 +281,15 @@ class Scheduler:
                 continue
             self.waiting.remove(sequence)
             self._count_overtaking(sequence)
+            if sequence.prefix_trace is None:
+                sequence.prefix_trace = trace_prefix(
+                    self.table,
+                    sequence.token_ids,
+                    sequence.reuse_limit,
+                    known_keys=sequence.page_keys,
+                    root=sequence.cache_root,
+                    other_roots=reversed(self.table.roots),
+                )
             sequence.held = held = self.table.hold(
                 sequence.token_ids, sequence.reuse_limit, sequence.page_keys, sequence.cache_root
             )

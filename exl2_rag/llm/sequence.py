@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from exl2_rag.llm.logprobs import TokenLogprob
 from exl2_rag.llm.output_text import OutputText
 from exl2_rag.llm.page_table import HeldPages
+from exl2_rag.llm.prefix_trace import PrefixTrace
 from exl2_rag.llm.request import FinishReason, SamplingParams, Timings, Usage
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Sequence:
         sampler: what its sampling remembers; None where the parameters need nothing.
         evaluation: logits that are wanted, or None.
         keep_pages: the pages are pinned when the prompt is computed, instead of let go.
+        pin_ttl_s: for how many seconds, then; None is until they are released.
         cache_root: what its pages hang below (`fingerprint.root_key`); only sequences of one root share pages. None is
             the page table's own root.
         lora: the adapters at work on it.
@@ -80,6 +82,7 @@ class Sequence:
         sampler: SamplerState | None = None,
         evaluation: Evaluation | None = None,
         keep_pages: bool = False,
+        pin_ttl_s: float | None = None,
         cache_root: bytes | None = None,
         lora: LoraSet = (),
         priority: int = 0,
@@ -98,6 +101,7 @@ class Sequence:
         self.sampler = sampler
         self.evaluation = evaluation
         self.keep_pages = keep_pages
+        self.pin_ttl_s = pin_ttl_s
         self.cache_root = cache_root
         self.lora = lora
         self.sources = sources
@@ -118,6 +122,7 @@ class Sequence:
         self.n_restored_pages = 0
         self.n_noted_pages = 0  # leading full pages that `CacheTiers` knows of
         self.n_cached_tokens: int | None = None  # of the prompt, when it was first admitted
+        self.prefix_trace: PrefixTrace | None = None  # what it found in the cache then
         self.finish_reason: FinishReason | None = None
         # One for each new token, if they are asked for. Forced tokens are then measured one by one, instead of at once.
         self.logprobs: list[TokenLogprob] | None = None if sampling.logprobs is None else []

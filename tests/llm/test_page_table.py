@@ -386,11 +386,11 @@ def plant_missing_key(table: PageTable) -> None:
 
 
 def plant_missing_sibling(table: PageTable) -> None:
-    table._siblings.pop((table.root_key, ord("t")))
+    table._children[table.root_key].pop(ord("t"))
 
 
 def plant_empty_siblings(table: PageTable) -> None:
-    table._siblings[table.root_key, -5] = []
+    table._children[table.root_key][-5] = []
 
 
 def plant_page_held_twice_by_one(table: PageTable) -> None:
@@ -453,7 +453,7 @@ def plant_overfull_page(table: PageTable) -> None:
         (plant_wrong_child_count, "counts 0 children"),
         (plant_lost_parent, "has lost its parent"),
         (plant_missing_key, "is full but has no key"),
-        (plant_missing_sibling, "table of siblings"),
+        (plant_missing_sibling, "table of children"),
         (plant_empty_siblings, "keeps an empty list"),
         (plant_page_held_twice_by_one, "lists a page twice"),
         (plant_wrong_token_count, "its sequence of"),

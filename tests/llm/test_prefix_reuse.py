@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from exl2_rag import ExL2LLM, SamplingParams
-from exl2_rag.llm.request import CacheReport, GenerationResult
+from exl2_rag.llm.cache_report import CacheReport
+from exl2_rag.llm.request import GenerationResult
 from tests.support.byte_tokenizer import BOS_ID
 from tests.support.synthetic import make_model_dir
 

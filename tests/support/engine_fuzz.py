@@ -238,7 +238,7 @@ class EngineFuzz:
         present = [*scheduler.waiting, *scheduler.running, *unborn]
         assert len(set(present)) == len(present)
         assert set(present) == set(self.live), "a request was lost, or came back"
-        assert set(self.pins) == set(scheduler.pinned)
+        assert set(self.pins) == set(scheduler.pins)
         for sequence, tracked in self.live.items():
             assert tuple(sequence.token_ids[: len(tracked.prompt)]) == tracked.prompt
 

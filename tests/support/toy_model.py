@@ -7,6 +7,7 @@ output sees any mistake in paging. What it should say is computed by `expected_t
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -101,6 +102,9 @@ class ToyText:
     def decoder(self, prompt: tuple[int, ...]) -> TokenDecoder:
         return ToyDecoder()
 
+    def shown_text(self, token_ids: Sequence[int]) -> str:
+        return toy_text(token_ids)
+
     def matcher(self, request: GenerationRequest):
         return None if request.constraint is None else request.constraint.compile(None, VOCAB)
 
@@ -119,7 +123,11 @@ def toy_text(token_ids: Sequence[int]) -> str:
 
 
 def toy_engine(
-    model: ToyModel | None = None, *, make_tiers: Callable[[KVCache], CacheTiers] | None = None, **sizes: int
+    model: ToyModel | None = None,
+    *,
+    make_tiers: Callable[[KVCache], CacheTiers] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    **sizes: int,
 ) -> Engine:
     """An engine over the toy model; `sizes` are fields of `EngineConfig`."""
     config = EngineConfig(
@@ -144,4 +152,4 @@ def toy_engine(
     )
     runner = ModelRunner(model or ToyModel(), cache, torch.device("cpu"))
     tiers = None if make_tiers is None else make_tiers(cache)
-    return Engine(runner, config, ToyText(), vocab_size=VOCAB, eos_token_ids=[EOS], tiers=tiers)
+    return Engine(runner, config, ToyText(), vocab_size=VOCAB, eos_token_ids=[EOS], tiers=tiers, clock=clock)
