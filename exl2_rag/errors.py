@@ -21,6 +21,7 @@ these; `assert` is only for what the package itself can get wrong.
      |   +- RequestTimeoutError        the request's `timeout_s` ran out                (also TimeoutError)
      |   +- QueueFullError             more requests wait than `max_waiting` allows
      |   +- PinLimitError              a pin would leave too little of the cache for requests
+     |   +- BannedStringsError         every way to go on leads to a banned string
      |   +- CacheIntegrityError        the page table contradicts itself (a bug in this package)
      |   +- KVStoreError               the directory of the persistent KV store cannot be used
      +- KernelError                    an op called with tensors it cannot take
@@ -115,6 +116,10 @@ class QueueFullError(EngineError):
 
 class PinLimitError(EngineError):
     """A pin would leave too little of the cache for requests."""
+
+
+class BannedStringsError(EngineError):
+    """Every way to go on leads to a banned string."""
 
 
 class CacheIntegrityError(EngineError):

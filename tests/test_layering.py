@@ -57,6 +57,7 @@ NO_TORCH = (
     "exl2_rag.llm.page_table", "exl2_rag.llm.scheduler", "exl2_rag.llm.request", "exl2_rag.llm.logprobs",
     "exl2_rag.llm.step_times",
     "exl2_rag.llm.sampling.params", "exl2_rag.llm.sampling.ranges", "exl2_rag.retrieval.fusion",
+    "exl2_rag.llm.speculation.speculator", "exl2_rag.llm.speculation.prompt_lookup",
 )  # fmt: skip
 FRAMEWORKS = {"langchain_core": "exl2_rag.adapters.langchain", "llama_index": "exl2_rag.adapters.llama_index"}
 # Opens the doors to both, and says which package is missing where one is.

@@ -20,7 +20,6 @@ from exl2_rag.llm.engine_config import (
     DEFAULT_MAX_OVERTAKES,
     EngineConfig,
     EngineOptions,
-    refuse_unsupported,
 )
 from exl2_rag.llm.engine_loader import load_engine
 from exl2_rag.llm.engine_thread import EngineThread
@@ -72,7 +71,9 @@ class ExL2LLM(CacheControl, Scoring):
         kv_store_bytes: what it may take on the disk; default: 8 GiB.
         kv_ram_bytes: host memory for pages that the cache has no more room for; default: none. On the CPU a larger
             `cache_tokens` does the same without copying.
-        draft_model: not available in this version.
+        draft_model: guesses tokens ahead, which makes decoding faster and changes no text: "prompt-lookup" takes them
+            from where the last words occurred before, which pays where answers copy from the prompt; a directory: a
+            smaller model with the same tokenizer guesses them.
 
     Raises:
         ModelError: there is no usable model; the message names the directory.
@@ -101,7 +102,6 @@ class ExL2LLM(CacheControl, Scoring):
         kv_store_bytes: int | None = None,
         kv_ram_bytes: int | None = None,
     ) -> None:
-        refuse_unsupported(draft_model=draft_model)
         store_dir = None if kv_store is None else Path(kv_store).expanduser()
         tiers = TierOptions(store_dir, kv_store_bytes, kv_ram_bytes)
         options = EngineOptions(
@@ -117,6 +117,7 @@ class ExL2LLM(CacheControl, Scoring):
             max_waiting=max_waiting,
             max_overtakes=max_overtakes,
             max_inter_token_gap=max_inter_token_gap,
+            draft_model=draft_model,
         )
         self.model_dir = Path(model_dir).expanduser()
         if not self.model_dir.is_dir():
@@ -459,4 +460,5 @@ def _joined(pieces: list[StreamPiece]) -> GenerationResult:
         index=last.index,
         logprobs=None if last.logprobs is None else tuple(logprobs),
         cache_explain=last.cache_explain,
+        speculation=last.speculation,
     )

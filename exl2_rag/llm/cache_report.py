@@ -36,6 +36,7 @@ class CacheReport:
         pins: each of them, the oldest first.
         salts: per tenant, where it was asked for; those whose requests came last.
         tiers: what host memory and disk hold and gave; None without them.
+        draft_tokens, accepted_draft_tokens: tokens that were guessed, and those that were right, of all requests.
     """
 
     page_size: int
@@ -55,6 +56,8 @@ class CacheReport:
     pins: tuple[PinReport, ...] = ()
     salts: tuple[SaltReport, ...] = ()
     tiers: TierReport | None = None
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
 
     @property
     def hit_rate(self) -> float:

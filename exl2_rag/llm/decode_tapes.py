@@ -1,7 +1,8 @@
-"""Decode steps of small batches, recorded once for each batch size and then run again in one native call.
+"""Decode steps of small batches, recorded once for each size and then run again in one native call.
 
-A step in which each sequence computes one token is the same sequence of ops on the same buffers every time; only the
-input tensors' contents differ. Knows the model and its inputs; what a tape is stands in `kernels/tape.py`.
+A step of so many sequences and rows, all of whose logits are wanted, is the same sequence of ops on the same buffers
+every time; only the input tensors' contents differ. A sequence has one row, or several if it carries a draft. Knows the
+model and its inputs; what a tape is stands in `kernels/tape.py`.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from exl2_rag.llm.kv_cache import KVCache
 from exl2_rag.llm.step_arrays import StepArrays
 
 MOST_ROWS = 8
-"""Sequences of a recorded step. With more, the ops are large enough to be handed out one by one."""
+"""Rows of a recorded step. With more, the ops are large enough to be handed out one by one."""
 
-MOST_TAPES = 4
-"""Batch sizes kept at a time: each holds the buffers of one step."""
+MOST_KEPT_ROWS = 32
+"""Rows of all recorded steps that are kept at a time: each holds the buffers of one step."""
 
 _logger = logging.getLogger(__name__)
 
@@ -56,29 +57,30 @@ class DecodeTapes:
         self._model = model
         self._cache = cache
         self._table_width = table_width
-        self._recorded: OrderedDict[int, _Recorded] = OrderedDict()
+        self._recorded: OrderedDict[tuple[int, int], _Recorded] = OrderedDict()  # by sequences and rows
         self._is_recordable = tape.is_available()
 
     def run(self, arrays: StepArrays) -> Tensor | None:
-        """[B, V] logits of a decode step, valid until the next one of its size; None if it must run without a tape."""
+        """[T, V] logits of a small step, valid until the next one of its size; None if it must run without a tape."""
         n_rows = len(arrays.token_ids)
-        if not (self._is_recordable and arrays.is_decode and n_rows <= MOST_ROWS):
+        if not (self._is_recordable and arrays.logit_rows is None and n_rows <= MOST_ROWS):
             return None
+        size = (len(arrays.context_lens), n_rows)
         inputs = arrays.to(torch.device("cpu"))
-        found = self._recorded.get(n_rows)
+        found = self._recorded.get(size)
         if found is None:
-            return self._record(n_rows, inputs)
-        self._recorded.move_to_end(n_rows)
+            return self._record(size, inputs)
+        self._recorded.move_to_end(size)
         _fill(found.inputs, inputs)
         found.tape.run()
         return found.logits
 
-    def _record(self, n_rows: int, inputs: ForwardInputs) -> Tensor:
+    def _record(self, size: tuple[int, int], inputs: ForwardInputs) -> Tensor:
         own = ForwardInputs(
             token_ids=torch.empty_like(inputs.token_ids),
             positions=torch.empty_like(inputs.positions),
             slot_mapping=torch.empty_like(inputs.slot_mapping),
-            page_table=torch.full((n_rows, self._table_width), -1, dtype=torch.int32),
+            page_table=torch.full((size[0], self._table_width), -1, dtype=torch.int32),
             query_starts=torch.empty_like(inputs.query_starts),
             context_lens=torch.empty_like(inputs.context_lens),
             logit_rows=None,
@@ -90,8 +92,8 @@ class DecodeTapes:
             self._is_recordable = False
             _logger.debug("decode steps are not recorded: %s", recording.problem)
             return logits
-        self._recorded[n_rows] = _Recorded(recording, own, logits)
-        if len(self._recorded) > MOST_TAPES:
+        self._recorded[size] = _Recorded(recording, own, logits)
+        while sum(rows for _, rows in self._recorded) > MOST_KEPT_ROWS:
             self._recorded.popitem(last=False)
         return logits
 

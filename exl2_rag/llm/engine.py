@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from exl2_rag.errors import ContextOverflowError, EngineError, Exl2RagError, RequestError
+from exl2_rag.errors import BannedStringsError, ContextOverflowError, EngineError, Exl2RagError, RequestError
 from exl2_rag.llm.cache_explanation import CacheExplanation, explain
 from exl2_rag.llm.cache_report import CacheReport
 from exl2_rag.llm.engine_config import EngineConfig
 from exl2_rag.llm.fingerprint import CacheIdentity, root_key
 from exl2_rag.llm.lora.choice import Lora, LoraChoices, lora_choices, lora_identity
 from exl2_rag.llm.model_runner import ModelRunner
+from exl2_rag.llm.next_tokens import allowed_next
 from exl2_rag.llm.output_text import OutputText, TokenDecoder
 from exl2_rag.llm.page_table import PageTable
 from exl2_rag.llm.page_table_check import check_integrity
@@ -37,12 +38,19 @@ from exl2_rag.llm.sampling.honoured import refuse_unhonoured
 from exl2_rag.llm.scheduler import Scheduler, Slice, StepPlan
 from exl2_rag.llm.sequence import Evaluation, Sequence, State
 from exl2_rag.llm.sources import source_positions
+from exl2_rag.llm.speculation.speculator import Speculator
 from exl2_rag.llm.tenants import Tenants
 
 if TYPE_CHECKING:
     from exl2_rag.llm.constraint import ConstraintMatcher
     from exl2_rag.llm.kv_store.tiers import CacheTiers
     from exl2_rag.llm.lora.shelf import LoraSet
+    from exl2_rag.llm.token_healing import Healing
+
+KEPT_BACK_TOKENS = 32
+"""Tokens held back where a constraint meets banned strings: it may lead to one with no way round but further back."""
+MOST_BANS = 2000
+"""How often a text may run into banned strings; each time costs a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +67,25 @@ class Update:
         return self.error is not None or (self.piece is not None and self.piece.finish_reason is not None)
 
 
+class _Ready:
+    """A sequence whose next tokens can be sampled.
+
+    Attributes:
+        logits: [1 + D, V]: after its last token, and after each of the D tokens of its draft.
+        end: tokens that it had in the step.
+        n_right: tokens of the draft known to be right.
+    """
+
+    __slots__ = ("draft", "end", "logits", "n_right", "sequence")
+
+    def __init__(self, one: Slice, logits: Tensor) -> None:
+        self.sequence = one.sequence
+        self.logits = logits
+        self.draft = one.draft
+        self.end = one.start + one.n_tokens
+        self.n_right = 0
+
+
 class TextTools(TokenTexts, Protocol):
     """What the engine needs to turn tokens into text and constraints into masks."""
 
@@ -72,6 +99,10 @@ class TextTools(TokenTexts, Protocol):
 
     def matcher(self, request: GenerationRequest) -> ConstraintMatcher | None:
         """A fresh matcher of the request's constraint. Raises ConstraintError if it cannot be enforced."""
+        ...
+
+    def healing(self, prompt: tuple[int, ...]) -> Healing | None:
+        """What of the prompt's end the continuation should begin with instead; None: nothing."""
         ...
 
 
@@ -95,6 +126,7 @@ class Engine:
         identity: what the contents of the cache depend on beside the tokens. Needed where they outlive the process.
         loras: the adapters that requests may name; None: there are none.
         tiers: where pages go that have no room in the cache, or are to survive the process.
+        speculator: gives sequences drafts of their next tokens; None: nobody does.
         clock: seconds, by which pins expire.
     """
 
@@ -109,11 +141,13 @@ class Engine:
         identity: CacheIdentity | None = None,
         loras: Loras | None = None,
         tiers: CacheTiers | None = None,
+        speculator: Speculator | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
         self._runner = runner
         self._text = text
+        self._speculator = speculator
         self._vocab_size = vocab_size
         self._eos_token_ids = frozenset(eos_token_ids)
         self.identity = identity
@@ -151,24 +185,34 @@ class Engine:
             RequestError: the prompt is empty or holds ids outside the vocabulary, or there is no such adapter.
             ConstraintError: the constraint cannot be enforced.
         """
-        sampling = request.sampling
+        sampling, token_ids = request.sampling, request.token_ids
         refuse_unhonoured(sampling)
-        self._check_prompt(request.token_ids, n_new=1)
-        room = self.config.sequence_limit - len(request.token_ids)
+        self._check_prompt(token_ids, n_new=1)
+        healing = self._healing(request)
+        if healing is not None:
+            token_ids = token_ids[: -healing.n_tokens]
+        room = self.config.sequence_limit - len(token_ids)
         stop_ids = frozenset(sampling.stop_token_ids)
         lora = self._lora_set(request.lora)
         # A constraint allows an end-of-sequence id only where its text is complete; nothing can follow it then.
         if request.constraint is not None or not sampling.ignore_eos:
             stop_ids |= self._eos_token_ids
         sequence = Sequence(
-            request.token_ids,
+            token_ids,
             max_new_tokens=room if sampling.max_tokens is None else min(room, sampling.max_tokens),
             sampling=sampling,
             seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
-            output=OutputText(self._text.decoder(request.token_ids), sampling.stop),
+            output=OutputText(
+                self._text.decoder(token_ids),
+                sampling.stop,
+                sampling.banned_strings,
+                n_hidden=0 if healing is None else healing.n_characters,
+                n_kept_back=KEPT_BACK_TOKENS if sampling.banned_strings and request.constraint is not None else 0,
+            ),
             stop_token_ids=stop_ids,
             matcher=self._text.matcher(request),
-            sampler=sampler_state(sampling, request.token_ids, stop_ids, self._text, self._vocab_size),
+            sampler=sampler_state(sampling, token_ids, stop_ids, self._text, self._vocab_size),
+            healing=healing,
             cache_root=self.cache_root(request.cache_salt, lora_identity(lora)),
             lora=lora,
             priority=request.priority,
@@ -296,33 +340,37 @@ class Engine:
         """
         started = time.perf_counter()
         expired = self._scheduler.expire(started)
+        if self._speculator is not None:
+            self._speculator.draft(self._scheduler.running)
         plan = self._scheduler.plan()
         updates = [Update(sequence, error=error) for sequence, error in (*expired, *plan.failures)]
         self._runner.copy_rows(plan.copies)
-        self.n_computed_last = sum(one.n_tokens for one in plan.slices)
+        self.n_computed_last = sum(one.n_rows for one in plan.slices)
         if self.tiers is not None:
             self.tiers.save_some(others_run=bool(plan.slices))
         if not plan.slices:
             return updates
         n_prefill = sum(one.n_tokens for one in plan.slices if not one.sequence.is_decoding)
-        n_decode = sum(one.n_tokens for one in plan.slices) - n_prefill
+        n_decode = sum(one.n_rows for one in plan.slices) - n_prefill
         rows = self._runner.run(plan.slices)
         self._scheduler.complete(plan)
         if self.tiers is not None:
             for one in plan.slices:
                 self.tiers.computed(one.sequence)
-        to_sample: list[tuple[Sequence, Tensor]] = []
+        to_sample: list[_Ready] = []
         for one, logits in zip(plan.slices, rows, strict=True):
             if one.sequence.max_new_tokens > 0:
                 if one.reaches_end:
-                    to_sample.append((one.sequence, logits))
+                    to_sample.append(_Ready(one, logits))
             elif update := self._advance_prompt(one, logits):
                 updates.append(update)
-        updates += self._advance_text(to_sample)
+        updates += self._advance_texts(to_sample)
         aside_s = 0.0 if self.tiers is None else self.tiers.take_spent_s()
         elapsed_s = time.perf_counter() - started - aside_s
         self._scheduler.measured(plan, elapsed_s)
         self._prefill_rate.note(n_prefill, n_decode, elapsed_s)
+        if self._speculator is not None:
+            self._speculator.note_step(plan.slices, elapsed_s)
         return updates
 
     def reset(self) -> None:
@@ -353,6 +401,8 @@ class Engine:
             prefill_tokens_per_s=self._prefill_rate.tokens_per_s,
             pins=pins,
             salts=self._tenants.reports(table.roots) if per_salt else (),
+            draft_tokens=0 if self._speculator is None else self._speculator.n_proposed,
+            accepted_draft_tokens=0 if self._speculator is None else self._speculator.n_accepted,
         )
 
     def check_integrity(self) -> None:
@@ -390,6 +440,15 @@ class Engine:
             raise RequestError("this engine has no LoRA adapters; leave lora out")
         return self._loras.resolve(choices)
 
+    def _healing(self, request: GenerationRequest) -> Healing | None:
+        if not request.sampling.token_healing:
+            return None
+        if request.constraint is not None:
+            raise RequestError(
+                "token_healing cannot go together with a constraint, which begins where the prompt ends; leave one out"
+            )
+        return self._text.healing(request.token_ids)
+
     def _check_prompt(self, token_ids: tuple[int, ...], *, n_new: int) -> None:
         if not token_ids:
             raise RequestError("expected a prompt of at least one token, got none; give some text")
@@ -420,6 +479,30 @@ class Engine:
         sequence.mark_progress()
         return self._finish(sequence, "stop")
 
+    def _advance_texts(self, ready: list[_Ready]) -> list[Update]:
+        """Sample tokens of each sequence as long as its logits are there: one, and one more for each token of its draft
+        that turns out to be right.
+        """
+        updates: list[Update] = []
+        drafted = [one for one in ready if one.draft]
+        while ready:
+            updates += self._advance_text([(one.sequence, one.logits[one.n_right : one.n_right + 1]) for one in ready])
+            ready = [one for one in ready if one.draft and self._goes_on(one)]
+        if self._speculator is not None:
+            for one in drafted:
+                self._speculator.learn(one.sequence, len(one.draft), one.n_right)
+        return updates
+
+    def _goes_on(self, one: _Ready) -> bool:
+        """Whether all tokens since the step are those of the draft, so that the logits after the last are there."""
+        sequence = one.sequence
+        taken = sequence.token_ids[one.end :]
+        if sequence.state is not State.RUNNING or len(taken) <= one.n_right or tuple(taken) != one.draft[: len(taken)]:
+            return False
+        one.n_right = len(taken)
+        self._scheduler.keep_drafted(sequence)
+        return True
+
     def _advance_text(self, ready: list[tuple[Sequence, Tensor]]) -> list[Update]:
         """Sample the next token of each sequence whose logits are there; say what is new."""
         updates: list[Update] = []
@@ -433,15 +516,20 @@ class Engine:
                 updates.append(self._finish(sequence, sequence.finish_reason))
                 continue
             try:
-                allowed = None if sequence.matcher is None else sequence.matcher.fill_mask()
+                allowed = allowed_next(sequence, self._vocab_size)
             except Exception as error:
                 updates.append(self._fail(sequence, error))
+                continue
+            if sequence.bans and allowed is not None and not allowed.any():
+                updates += self._leave_dead_end(sequence)
                 continue
             draws.append(next_draw(sequence, allowed))
             drawn.append((sequence, logits))
         for (sequence, _), choice in zip(drawn, _sample_each([row for _, row in drawn], draws), strict=True):
-            update = self._fail(sequence, choice) if isinstance(choice, Exception) else self._take(sequence, choice)
-            if update is not None:
+            if isinstance(choice, Exception):
+                has_bans = len(sequence.token_ids) in sequence.bans
+                updates += self._leave_dead_end(sequence) if has_bans else [self._fail(sequence, choice)]
+            elif (update := self._take(sequence, choice)) is not None:
                 updates.append(update)
         return updates
 
@@ -464,6 +552,28 @@ class Engine:
             branch.index = index
             branches.append(branch)
         return tuple(branches)
+
+    def _leave_dead_end(self, sequence: Sequence) -> list[Update]:
+        """Go one token further back, since every way on from here leads to a banned string."""
+        if sequence.output is not None and sequence.output.n_tokens_held:
+            error = _failure(lambda: self._call_back(sequence, 1))
+        else:
+            error = BannedStringsError(
+                "every way to go on leads to a banned string, and the text before it has been handed out or is the "
+                "prompt; relax banned_strings, the constraint or allowed_tokens"
+            )
+        return [] if error is None else [self._fail(sequence, error)]
+
+    def _call_back(self, sequence: Sequence, n_tokens: int) -> None:
+        """Take the last tokens back, in the first of which a banned string began, and keep that one off its place."""
+        token_id = sequence.token_ids[-n_tokens]
+        sequence.roll_back(n_tokens)
+        self._scheduler.forget_rows(sequence)
+        sequence.ban_next(token_id)
+        if sequence.n_bans > MOST_BANS:
+            raise BannedStringsError(
+                f"the text ran into banned strings {MOST_BANS} times and could not get past them; ban fewer strings"
+            )
 
     def _take(self, sequence: Sequence, choice: DrawnToken) -> Update | None:
         """Append a sampled token, and what a constraint forces after it."""
@@ -494,14 +604,17 @@ class Engine:
             return
         if sequence.matcher is not None:
             sequence.matcher.advance(token_id)
-        is_long_enough = sequence.n_new >= sequence.sampling.min_tokens
+        has_stopped = sequence.output.push(token_id, may_stop=sequence.n_new >= sequence.sampling.min_tokens)
+        if sequence.output.n_banned_tokens:
+            self._call_back(sequence, sequence.output.n_banned_tokens)
+            return
         is_finished = sequence.matcher is not None and sequence.matcher.is_finished
-        if is_finished and not is_long_enough:
+        if is_finished and sequence.n_new < sequence.sampling.min_tokens:
             raise EngineError(
                 f"the constraint ends the text after {sequence.n_new} tokens, min_tokens asks for "
                 f"{sequence.sampling.min_tokens}; relax one of them"
             )
-        if sequence.output.push(token_id, may_stop=is_long_enough) or is_finished:
+        if has_stopped or is_finished:
             sequence.finish_reason = "stop"
         elif sequence.n_new >= sequence.max_new_tokens:
             sequence.finish_reason = "length"
@@ -519,7 +632,12 @@ class Engine:
                 return
             if sequence.sampler is not None and not sequence.sampler.may_draw(token_id, sequence.n_new):
                 return  # the sampler will find that nothing is left, and say why
+            if token_id in sequence.bans.get(len(sequence.token_ids), ()):
+                return
+            n_new = sequence.n_new
             self._append(sequence, token_id)
+            if sequence.n_new <= n_new:  # a banned string called it back
+                return
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> Update:
         sequence.finish_reason = reason
@@ -571,6 +689,7 @@ class Engine:
             index=sequence.index,
             logprobs=logprobs,
             cache_explain=self._explanation(sequence),
+            speculation=None if self._speculator is None else sequence.speculation.result(),
         )
 
     def _explanation(self, sequence: Sequence) -> CacheExplanation | None:

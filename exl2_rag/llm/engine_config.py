@@ -14,6 +14,8 @@ CACHE_DTYPE_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 QUANTISED_CACHE_BITS = {"q8": 8, "q6": 6, "q4": 4}
 QUANT_GROUP = 32  # numbers of a quantised cache that share a scale of 16 bits
 
+PROMPT_LOOKUP = "prompt-lookup"
+
 DEFAULT_PAGE_SIZE = 32
 DEFAULT_BATCH_SIZE = 32
 DEFAULT_BATCHED_TOKENS = 512
@@ -54,6 +56,7 @@ class EngineOptions:
     max_waiting: int | None = None
     max_overtakes: int = DEFAULT_MAX_OVERTAKES
     max_inter_token_gap: float | None = DEFAULT_MAX_INTER_TOKEN_GAP
+    draft_model: str | Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,18 +186,6 @@ def resolve(
         max_overtakes=options.max_overtakes,
         max_inter_token_gap=gap,
     )
-
-
-def refuse_unsupported(*, draft_model: object = None) -> None:
-    """Refuse options that exist by name but not yet in fact.
-
-    Raises:
-        SettingsError: one of them is set.
-    """
-    if draft_model is not None:
-        raise SettingsError(
-            f"draft_model={draft_model!r}: speculative decoding is not available in this version; leave it at None"
-        )
 
 
 def available_memory_bytes() -> int:

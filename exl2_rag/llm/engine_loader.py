@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from exl2_rag.errors import DeviceMemoryError, ModelError
+from exl2_rag.errors import DeviceMemoryError, ModelError, SettingsError
 from exl2_rag.llm.checkpoint import Checkpoint
 from exl2_rag.llm.config import ModelConfig
 from exl2_rag.llm.cuda_graphs import DecodeGraphs
 from exl2_rag.llm.decode_tapes import DecodeTapes
 from exl2_rag.llm.engine import Engine
 from exl2_rag.llm.engine_config import (
+    PROMPT_LOOKUP,
     QUANTISED_CACHE_BITS,
     EngineConfig,
     EngineOptions,
@@ -43,6 +44,11 @@ from exl2_rag.llm.models.tensor_names import FINAL_NORM_KEY
 from exl2_rag.llm.output_text import TokenDecoder
 from exl2_rag.llm.quantised_kv_cache import QuantisedKVCache
 from exl2_rag.llm.request import GenerationRequest
+from exl2_rag.llm.speculation.draft_model import DraftModel
+from exl2_rag.llm.speculation.prompt_lookup import PromptLookup
+from exl2_rag.llm.speculation.speculator import Speculator
+from exl2_rag.llm.speculation.vocabulary_check import check_same_vocabulary
+from exl2_rag.llm.token_healing import Healing, heal
 from exl2_rag.llm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -85,6 +91,10 @@ class TokenizerText:
         if request.constraint is None:
             return None
         return request.constraint.compile(self._tokenizer, self._vocab_size)
+
+    def healing(self, prompt: tuple[int, ...]) -> Healing | None:
+        """What of the prompt's end the continuation should begin with instead; None: nothing."""
+        return heal(self._tokenizer, prompt)
 
     def token_text(self, token_id: int) -> str:
         """The text of one token by itself; a part of a character reads as "\ufffd"."""
@@ -130,13 +140,15 @@ def _load(model_dir: Path, options: EngineOptions, tiers: TierOptions) -> Loaded
     backend = None
     if options.device.startswith("cuda"):
         backend = cuda_runtime.backend(torch.device(options.device))
-    engine_config = _engine_config(config, checkpoint, options)
     tokenizer = Tokenizer.from_dir(model_dir)
+    draft = _draft_files(options.draft_model, tokenizer)
+    engine_config = _engine_config(config, checkpoint, options, draft)
     if options.num_threads is not None:
         set_num_threads(options.num_threads)
     device = torch.device(engine_config.device)
     with memory_errors(device):
         runner = _runner(model_dir, config, checkpoint, engine_config, backend)
+        speculator = _speculator(options, draft, engine_config, backend, config.vocab_size)
     loras = LoraShelf(config, device)
     identity = CacheIdentity.of(model_dir, config, engine_config, hash_weights=tiers.survives_restart)
     engine = Engine(
@@ -148,8 +160,60 @@ def _load(model_dir: Path, options: EngineOptions, tiers: TierOptions) -> Loaded
         identity=identity,
         loras=loras,
         tiers=open_tiers(tiers, identity, runner.cache, engine_config.page_size),
+        speculator=speculator,
     )
     return LoadedModel(engine, tokenizer, config, loras)
+
+
+@dataclass(frozen=True, slots=True)
+class _DraftFiles:
+    """A smaller model that guesses tokens."""
+
+    model_dir: Path
+    config: ModelConfig
+    checkpoint: Checkpoint
+
+
+def _draft_files(draft_model: str | Path | None, tokenizer: Tokenizer) -> _DraftFiles | None:
+    """The files of the draft model, if it is one.
+
+    Raises:
+        ModelError: the directory holds no usable model.
+        SettingsError: it has another tokenizer.
+    """
+    if draft_model is None or draft_model == PROMPT_LOOKUP:
+        return None
+    draft_dir = Path(draft_model).expanduser()
+    if not draft_dir.is_dir():
+        raise SettingsError(
+            f"draft_model must be {PROMPT_LOOKUP!r} or the directory of a model, got {str(draft_model)!r}, where there "
+            "is none"
+        )
+    try:
+        config, checkpoint = ModelConfig.from_dir(draft_dir), Checkpoint.open(draft_dir)
+        check_same_vocabulary(tokenizer, Tokenizer.from_dir(draft_dir), draft_dir)
+    except ModelError as error:
+        raise type(error)(f"draft_model {draft_dir}: {error}") from error
+    return _DraftFiles(draft_dir, config, checkpoint)
+
+
+def _speculator(
+    options: EngineOptions,
+    draft: _DraftFiles | None,
+    engine_config: EngineConfig,
+    backend: Backend | None,
+    vocab_size: int,
+) -> Speculator | None:
+    """Who guesses tokens; None: nobody. A draft model's cache has as many pages as the large one's."""
+    if options.draft_model is None:
+        return None
+    if draft is None:
+        return Speculator(PromptLookup())
+    draft_config = dataclasses.replace(
+        engine_config, max_seq_len=min(engine_config.max_seq_len, draft.config.max_seq_len)
+    )
+    runner = _runner(draft.model_dir, draft.config, draft.checkpoint, draft_config, backend)
+    return Speculator(DraftModel(runner, draft_config, vocab_size))
 
 
 def _give_back_freed_memory() -> None:
@@ -252,11 +316,17 @@ def make_cache(config: ModelConfig, engine_config: EngineConfig) -> KVCache:
     )
 
 
-def _engine_config(config: ModelConfig, checkpoint: Checkpoint, options: EngineOptions) -> EngineConfig:
+def _engine_config(
+    config: ModelConfig, checkpoint: Checkpoint, options: EngineOptions, draft: _DraftFiles | None
+) -> EngineConfig:
+    elements, weight_bytes = _cache_elements(config), checkpoint.total_bytes()
+    if draft is not None:
+        elements += _cache_elements(draft.config)
+        weight_bytes += draft.checkpoint.total_bytes()
     norm = f"{FINAL_NORM_KEY}.weight"  # a plain tensor in every model; one that lacks it is refused when it is loaded
     shape = ModelShape(
         max_seq_len=config.max_seq_len,
-        cache_elements_per_token=2 * config.n_layers * config.n_kv_heads * config.head_dim,
+        cache_elements_per_token=elements,
         fp32_weights=checkpoint.has(norm) and checkpoint.tensor(norm).dtype == torch.float32,
         head_dim=config.head_dim,
     )
@@ -264,8 +334,13 @@ def _engine_config(config: ModelConfig, checkpoint: Checkpoint, options: EngineO
         options,
         shape,
         native=native_available(),
-        free_bytes=max(0, _free_bytes(options.device) - checkpoint.total_bytes()),
+        free_bytes=max(0, _free_bytes(options.device) - weight_bytes),
     )
+
+
+def _cache_elements(config: ModelConfig) -> int:
+    """Numbers in the cache for one token."""
+    return 2 * config.n_layers * config.n_kv_heads * config.head_dim
 
 
 def _free_bytes(device: str) -> int:

@@ -74,8 +74,9 @@ class ModelRunner:
         """Compute the slices in one forward pass.
 
         Returns:
-            For each slice [rows, V] float32: one row if its end is reached and a token is to follow, the rows an
-            evaluation asks for, or none. Those of a decode step are valid until the next call.
+            For each slice [rows, V] float32: one row if its end is reached and a token is to follow, and one more for
+            each token of its draft; the rows an evaluation asks for; or none. Those of a decode step are valid until
+            the next call.
         """
         wanted = [wanted_rows(one) for one in slices]
         groups = self._shared_prefixes(slices)
@@ -97,7 +98,7 @@ class ModelRunner:
 
     def _shared_prefixes(self, slices: Seq[Slice]) -> PrefixGroups | None:
         """The groups of a decode step whose shared pages are worth reading once; None for other steps."""
-        if not self._shares_prefixes or len(slices) < 2 or any(one.n_tokens > 1 for one in slices):
+        if not self._shares_prefixes or len(slices) < 2 or any(one.n_rows > 1 for one in slices):
             return None
         page_size = self.cache.page_size
         # Pages before the one that this step writes to: full, and never written again.
@@ -106,7 +107,7 @@ class ModelRunner:
         return groups if groups.shares else None
 
     def _logits(self, slices: Seq[Slice], wanted: Seq[range], arrays: StepArrays) -> Tensor:
-        token_lora = lora_rows((one.sequence.lora, one.n_tokens) for one in slices)
+        token_lora = lora_rows((one.sequence.lora, one.n_rows) for one in slices)
         if token_lora is not None:  # other matrices each time: nothing to record
             logit_lora = lora_rows((one.sequence.lora, len(rows)) for one, rows in zip(slices, wanted, strict=True))
             inputs = dataclasses.replace(arrays.to(self._device), token_lora=token_lora, logit_lora=logit_lora)
@@ -120,20 +121,20 @@ class ModelRunner:
 
     def _arrays(self, slices: Seq[Slice], wanted: Seq[range]) -> StepArrays:
         page_size = self.cache.page_size
-        counts = np.array([one.n_tokens for one in slices], dtype=np.int64)
+        counts = np.array([one.n_rows for one in slices], dtype=np.int64)
         starts = np.concatenate([[0], np.cumsum(counts)])
         token_ids = np.empty(starts[-1], dtype=np.int64)
         positions = np.empty(starts[-1], dtype=np.int64)
         slots = np.empty(starts[-1], dtype=np.int64)
-        context_lens = np.array([one.start + one.n_tokens for one in slices], dtype=np.int32)
+        context_lens = np.array([one.start + one.n_rows for one in slices], dtype=np.int32)
         page_table = np.full((len(slices), -(-int(context_lens.max()) // page_size)), -1, dtype=np.int32)
         for row, one in enumerate(slices):
             assert one.sequence.held is not None
             rows = slice(starts[row], starts[row + 1])
-            end = one.start + one.n_tokens
+            end = one.start + one.n_rows
             pages = np.array(one.sequence.held.pages[: -(-end // page_size)], dtype=np.int64)
             place = np.arange(one.start, end)
-            token_ids[rows] = one.sequence.token_ids[one.start : end]
+            token_ids[rows] = [*one.sequence.token_ids[one.start : one.start + one.n_tokens], *one.draft]
             positions[rows] = place
             slots[rows] = pages[place // page_size] * page_size + place % page_size
             page_table[row, : len(pages)] = pages
@@ -155,4 +156,4 @@ def wanted_rows(one: Slice) -> range:
     if one.sequence.evaluation is not None:
         return range(min(max(one.sequence.evaluation.first_row - one.start, 0), one.n_tokens), one.n_tokens)
     is_wanted = one.reaches_end and one.sequence.max_new_tokens > 0
-    return range(one.n_tokens - 1, one.n_tokens) if is_wanted else range(0)
+    return range(one.n_tokens - 1, one.n_rows) if is_wanted else range(0)

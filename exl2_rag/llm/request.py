@@ -84,11 +84,32 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class SpeculationUsage:
+    """How guessing tokens went for one request.
+
+    Attributes:
+        steps: forward passes that computed a draft of it.
+        proposed_tokens: tokens of these drafts.
+        accepted_tokens: how many of them were right, each a token without a step of its own.
+    """
+
+    steps: int
+    proposed_tokens: int
+    accepted_tokens: int
+
+    @property
+    def acceptance(self) -> float:
+        """Share of draft tokens that were right, 0 to 1."""
+        return self.accepted_tokens / self.proposed_tokens if self.proposed_tokens else 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationResult:
     """A finished continuation. `token_ids` includes the stop token, if one ended it; `text` does not.
 
     Attributes:
         usage, timings: of this continuation.
+        speculation: how guessing tokens went; None for an engine without a `draft_model`.
         logprobs: one for each of `token_ids`, if `SamplingParams.logprobs` asks for them; else None.
         index: which of the continuations of one prompt it is.
         alternatives: the others, of a request for several; only the first has them.
@@ -116,6 +137,8 @@ class GenerationResult:
         completion_tokens = sum(one.usage.completion_tokens for one in self.choices)
         return Usage(self.usage.prompt_tokens, self.usage.cached_tokens, completion_tokens)
 
+    speculation: SpeculationUsage | None = None
+
 
 @dataclass(frozen=True, slots=True)
 class StreamPiece:
@@ -134,6 +157,7 @@ class StreamPiece:
     logprobs: tuple[TokenLogprob, ...] | None = None
     index: int = 0
     cache_explain: CacheExplanation | None = None
+    speculation: SpeculationUsage | None = None
 
 
 def branch_seed(seed: int, index: int) -> int:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import time
 from bisect import insort
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from exl2_rag.errors import EngineError, Exl2RagError, QueueFullError, RequestTimeoutError
 from exl2_rag.llm.engine_config import EngineConfig
@@ -39,16 +39,23 @@ MOST_DECODED_TOKENS = 16
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Compute the `n_tokens` tokens of `sequence` that begin at position `start`.
+    """Compute the `n_tokens` tokens of `sequence` that begin at position `start`, and those of a draft after them.
 
     Attributes:
         decodes: what a sequence that decodes takes in every step; else it is a piece of a prompt.
+        draft: guesses of the tokens that come next; not committed before they have turned out right.
     """
 
     sequence: Sequence
     start: int
     n_tokens: int
     decodes: bool = False
+    draft: tuple[int, ...] = ()
+
+    @property
+    def n_rows(self) -> int:
+        """Tokens to compute, those of the draft included."""
+        return self.n_tokens + len(self.draft)
 
     @property
     def reaches_end(self) -> bool:
@@ -70,8 +77,8 @@ class StepPlan:
 
     @property
     def n_decoded(self) -> int:
-        """Tokens of the sequences that decode."""
-        return sum(one.n_tokens for one in self.slices if one.decodes)
+        """Tokens of the sequences that decode, drafts included."""
+        return sum(one.n_rows for one in self.slices if one.decodes)
 
 
 class Scheduler:
@@ -192,6 +199,7 @@ class Scheduler:
         n_left = self._config.max_batched_tokens
         for sequence in decoding:
             n_left -= self._plan_slice(plan, sequence, min(sequence.n_pending, n_left), decodes=True)
+        self._add_drafts(plan, n_left)
         budget = self._prefill_budget(plan)
         n_preemptions = self.n_preemptions
         for sequence in [one for one in self.running if one not in decoding]:
@@ -227,6 +235,23 @@ class Scheduler:
             assert one.sequence.held is not None
             self.table.commit(one.sequence.held, one.sequence.token_ids[one.start : one.start + one.n_tokens])
             one.sequence.is_decoding = one.sequence.is_decoding or one.reaches_end
+
+    def keep_drafted(self, sequence: Sequence) -> None:
+        """Tokens of a draft turned out to be those of the sequence, so that its last ones are computed already."""
+        assert sequence.held is not None
+        self.table.commit(sequence.held, sequence.token_ids[sequence.n_computed :])
+
+    def _add_drafts(self, plan: StepPlan, n_left: int) -> None:
+        """Let slices carry drafts, as far as `n_left` tokens and free pages go."""
+        for place, one in enumerate(plan.slices):
+            draft = one.sequence.draft[:n_left]
+            if not (draft and one.reaches_end):
+                continue
+            assert one.sequence.held is not None
+            end = one.start + one.n_tokens
+            draft = draft[: self.table.extend(one.sequence.held, end + len(draft)) - end]
+            plan.slices[place] = replace(one, draft=draft)
+            n_left -= len(draft)
 
     def _plan_slice(self, plan: StepPlan, sequence: Sequence, n_tokens: int, *, decodes: bool = False) -> int:
         """Plan up to `n_tokens` tokens of a running sequence; return how many."""

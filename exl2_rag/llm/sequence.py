@@ -17,12 +17,13 @@ from exl2_rag.llm.logprobs import TokenLogprob
 from exl2_rag.llm.output_text import OutputText
 from exl2_rag.llm.page_table import HeldPages
 from exl2_rag.llm.prefix_trace import PrefixTrace
-from exl2_rag.llm.request import FinishReason, SamplingParams, Timings, Usage
+from exl2_rag.llm.request import FinishReason, SamplingParams, SpeculationUsage, Timings, Usage
 
 if TYPE_CHECKING:
     from exl2_rag.llm.constraint import ConstraintMatcher
     from exl2_rag.llm.lora.shelf import LoraSet
     from exl2_rag.llm.sampling.state import SamplerState
+    from exl2_rag.llm.token_healing import Healing
 
 
 class State(Enum):
@@ -47,6 +48,19 @@ class Evaluation:
     receive: Callable[[int, Any], None]
 
 
+@dataclass(slots=True)
+class SpeculationCounts:
+    """Steps with a draft, tokens of the drafts, and how many of those were right."""
+
+    steps: int = 0
+    proposed_tokens: int = 0
+    accepted_tokens: int = 0
+
+    def result(self) -> SpeculationUsage:
+        """The counts so far."""
+        return SpeculationUsage(self.steps, self.proposed_tokens, self.accepted_tokens)
+
+
 class Sequence:
     """One request in progress.
 
@@ -60,6 +74,7 @@ class Sequence:
         evaluation: logits that are wanted, or None.
         keep_pages: the pages are pinned when the prompt is computed, instead of let go.
         pin_ttl_s: for how many seconds, then; None is until they are released.
+        healing: what was taken from the end of the prompt, for the continuation to begin with; or None.
         cache_root: what its pages hang below (`fingerprint.root_key`); only sequences of one root share pages. None is
             the page table's own root.
         lora: the adapters at work on it.
@@ -83,6 +98,7 @@ class Sequence:
         evaluation: Evaluation | None = None,
         keep_pages: bool = False,
         pin_ttl_s: float | None = None,
+        healing: Healing | None = None,
         cache_root: bytes | None = None,
         lora: LoraSet = (),
         priority: int = 0,
@@ -102,6 +118,7 @@ class Sequence:
         self.evaluation = evaluation
         self.keep_pages = keep_pages
         self.pin_ttl_s = pin_ttl_s
+        self.healing = healing
         self.cache_root = cache_root
         self.lora = lora
         self.sources = sources
@@ -127,6 +144,12 @@ class Sequence:
         # One for each new token, if they are asked for. Forced tokens are then measured one by one, instead of at once.
         self.logprobs: list[TokenLogprob] | None = None if sampling.logprobs is None else []
         self.forced: list[int] = []  # tokens that must come next and are still to be measured
+        # By number of tokens: those that must not come next, for they led to a banned string.
+        self.bans: dict[int, set[int]] = {}
+        self.n_bans = 0  # over all time
+        self.draft: tuple[int, ...] = ()  # guesses of what comes next, for the next step
+        self.drafting: object = None  # what the proposer of drafts remembers
+        self.speculation = SpeculationCounts()
         self.n_handed_out = 0  # new tokens that left in a `StreamPiece`
         self._created = time.perf_counter()
         self.deadline = None if timeout_s is None else self._created + timeout_s  # on the clock of `perf_counter`
@@ -159,6 +182,11 @@ class Sequence:
         return 1 if self.has_forked else 1 + len(self.branches)
 
     @property
+    def takes_drafts(self) -> bool:
+        """Whether tokens may be guessed: it has text to come, one sequence of logits, and was not asked to leave it."""
+        return self.max_new_tokens > 0 and self.sampling.speculate and not self.sampling.is_guided
+
+    @property
     def reuse_limit(self) -> int:
         """How many leading tokens may come from the cache; what follows must be computed for its logits."""
         last = len(self.token_ids) - 1
@@ -184,6 +212,12 @@ class Sequence:
         if self.logprobs is not None:
             del self.logprobs[self.n_new :]
         self.finish_reason = None
+        self.bans = {n: banned for n, banned in self.bans.items() if n <= len(self.token_ids)}
+
+    def ban_next(self, token_id: int) -> None:
+        """Keep a token from coming next, as long as the tokens before stay."""
+        self.bans.setdefault(len(self.token_ids), set()).add(token_id)
+        self.n_bans += 1
 
     def mark_admitted(self, n_cached: int) -> None:
         """Note what the cache gave, the first time only: what a preempted sequence finds again was its own."""

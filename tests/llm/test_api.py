@@ -506,10 +506,13 @@ def test_the_model_says_what_it_is(llm: ExL2LLM, model_dir: Path) -> None:
     [
         ({"cache_dtype": "q4"}, "cache_dtype='q4'"),
         ({"precision": "best"}, "precision must be"),
-        ({"draft_model": "prompt-lookup"}, "draft_model='prompt-lookup'"),
         ({"kv_store_bytes": 10**9}, "give kv_store a directory"),
         ({"kv_ram_bytes": -1}, "kv_ram_bytes must be 0"),
         ({"kv_ram_bytes": 5}, "kv_ram_bytes must hold at least one page"),
+        (
+            {"draft_model": "somewhere"},
+            "draft_model must be 'prompt-lookup' or the directory of a model, got 'somewhere'",
+        ),
         ({"max_seq_len": 100_000}, "max_seq_len must be from 2 to the model's 512"),
     ],
 )

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import re
-
 import pytest
 
 from exl2_rag.errors import SettingsError
@@ -9,7 +7,6 @@ from exl2_rag.llm.engine_config import (
     EngineOptions,
     ModelShape,
     available_memory_bytes,
-    refuse_unsupported,
     resolve,
 )
 
@@ -100,13 +97,6 @@ def test_an_option_that_cannot_be_honoured_is_refused_by_name(options: dict[str,
 def test_too_little_memory_to_choose_a_cache_is_said() -> None:
     with pytest.raises(SettingsError, match="cache_tokens must be given, since too little memory is free"):
         resolved(LARGE, 1000)
-
-
-@pytest.mark.parametrize("option", ["draft_model"])
-def test_options_of_later_versions_are_refused_by_name(option: str) -> None:
-    with pytest.raises(SettingsError, match=re.escape(f"{option}='somewhere'") + ".*not available in this version"):
-        refuse_unsupported(**{option: "somewhere"})
-    refuse_unsupported(**{option: None})
 
 
 def test_the_free_memory_is_a_sensible_number() -> None:

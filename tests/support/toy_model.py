@@ -21,6 +21,7 @@ from exl2_rag.llm.kv_store.tiers import CacheTiers
 from exl2_rag.llm.model_runner import ModelRunner
 from exl2_rag.llm.output_text import TokenDecoder
 from exl2_rag.llm.request import GenerationRequest
+from exl2_rag.llm.speculation.speculator import Speculator
 
 VOCAB = 97
 EOS = 0
@@ -32,18 +33,22 @@ def toy_logits(token_ids: Sequence[int]) -> Tensor:
     return torch.randn(VOCAB, generator=torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)) * 2
 
 
-def expected_tokens(prompt: Sequence[int], n_new: int) -> list[int]:
-    """The greedy continuation, end-of-sequence ignored."""
+def expected_tokens(prompt: Sequence[int], n_new: int, *, context: int = 0) -> list[int]:
+    """The greedy continuation, end-of-sequence ignored; `context` is that of the model."""
     tokens = list(prompt)
     for _ in range(n_new):
-        tokens.append(int(toy_logits(tokens).argmax()))
+        tokens.append(int(toy_logits(tokens[-context:]).argmax()))
     return tokens[len(prompt) :]
 
 
 class ToyModel:
-    """Keeps in the cache what it was given, as a real model does: token and position of each row."""
+    """Keeps in the cache what it was given, as a real model does: token and position of each row.
 
-    def __init__(self) -> None:
+    What it says depends on all tokens, or on the last `context` of them; then it soon repeats itself.
+    """
+
+    def __init__(self, context: int = 0) -> None:
+        self.context = context
         self.n_steps = 0
         self.n_computed = 0  # tokens, over all steps
         self.largest_step = 0
@@ -77,7 +82,7 @@ class ToyModel:
         assert positions.tolist() == list(range(length)), "rows out of place"
         if self.nan_after is not None and int(read[-1]) == self.nan_after:
             return torch.full((VOCAB,), torch.nan)
-        return toy_logits([int(token) for token in read])
+        return toy_logits([int(token) for token in read[-self.context :]])
 
 
 class ToyDecoder:
@@ -117,6 +122,9 @@ class ToyText:
     def special_tokens(self) -> frozenset[int]:
         return frozenset([EOS])
 
+    def healing(self, prompt: tuple[int, ...]):
+        raise NotImplementedError("the toy vocabulary has no longer tokens")
+
 
 def toy_text(token_ids: Sequence[int]) -> str:
     return "".join(ToyDecoder().push(token_id) for token_id in token_ids)
@@ -127,6 +135,7 @@ def toy_engine(
     *,
     make_tiers: Callable[[KVCache], CacheTiers] | None = None,
     clock: Callable[[], float] = time.monotonic,
+    speculator: Speculator | None = None,
     **sizes: int,
 ) -> Engine:
     """An engine over the toy model; `sizes` are fields of `EngineConfig`."""
@@ -152,4 +161,13 @@ def toy_engine(
     )
     runner = ModelRunner(model or ToyModel(), cache, torch.device("cpu"))
     tiers = None if make_tiers is None else make_tiers(cache)
-    return Engine(runner, config, ToyText(), vocab_size=VOCAB, eos_token_ids=[EOS], tiers=tiers, clock=clock)
+    return Engine(
+        runner,
+        config,
+        ToyText(),
+        vocab_size=VOCAB,
+        eos_token_ids=[EOS],
+        tiers=tiers,
+        clock=clock,
+        speculator=speculator,
+    )

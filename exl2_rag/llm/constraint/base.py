@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -153,6 +154,12 @@ class ConstraintMatcher:
         forced = self._matcher.compute_ff_tokens()
         self._check()
         return forced[: self._matcher.validate_tokens(forced)] if forced else forced
+
+    def count_allowed(self, token_ids: Sequence[int]) -> int:
+        """How many of these tokens may come next, one after the other. Does not take them."""
+        n_allowed = self._matcher.validate_tokens(list(token_ids))
+        self._check()
+        return n_allowed
 
     def rollback(self, n_tokens: int) -> None:
         """Undo the last `n_tokens` calls of `advance`."""

@@ -91,6 +91,11 @@ class SamplingParams:
         ignore_eos: go on past the model's end-of-sequence ids.
         n: continuations of one prompt, which is computed once. The first is the one that n = 1 gives; the others draw
             with seeds made from its seed. They come as `GenerationResult.choices`, or as pieces with an `index`.
+        banned_strings: strings that never come, in whatever case: where one would be complete, the text goes back to
+            the token in which it began and on with another one. What may become one is held back from streams.
+        token_healing: the last tokens of the prompt, if a longer token could begin with them, are chosen anew together
+            with what follows. `text` leaves them out, `token_ids` and `max_tokens` count them.
+        speculate: let the engine's `draft_model`, if it has one, guess tokens ahead. Never changes the text.
         stages: those that have something to do, in the order in which they do it; worked out, not given.
         is_plain: whether temperature, top-k, top-p and min-p in their usual order are all there is; worked out.
 
@@ -145,6 +150,9 @@ class SamplingParams:
     negative_prompt: NegativePrompt | None = field(default=None, hash=False)
     logprobs: int | None = None
     n: int = 1
+    speculate: bool = True
+    banned_strings: tuple[str, ...] = ()
+    token_healing: bool = False
     # Worked out once, since every step asks.
     stages: tuple[str, ...] = field(init=False, repr=False, compare=False)
     is_plain: bool = field(init=False, repr=False, compare=False)
@@ -158,6 +166,12 @@ class SamplingParams:
         self._set("stop", _strings("stop", self.stop))
         if any(not text for text in self.stop):
             raise RequestError("stop holds an empty string, which would end every text at once; remove it")
+        self._set("banned_strings", _strings("banned_strings", self.banned_strings))
+        for text in self.banned_strings:
+            if not text or "\ufffd" in text:
+                raise RequestError(
+                    f"banned_strings must hold texts of at least one character and no U+FFFD, got {text!r}; remove it"
+                )
         for name in ("stop_token_ids", "banned_tokens"):
             self._set(name, _token_ids(name, getattr(self, name)))
         for name in ("allowed_tokens", "xtc_ignore_tokens"):
