@@ -69,6 +69,7 @@ class AnswerSettings(_Section):
         max_claims: claims in an answer at most.
         claim_text: "model" (its own words, which are not verified) or "quote" (the quote again).
         max_tokens: tokens of an answer at most.
+        order: of the chunks in the prompt, "canonical", "label" or "relevance"; see `QASettings`.
     """
 
     chunks: int | None = Field(default=None, ge=1)
@@ -76,6 +77,7 @@ class AnswerSettings(_Section):
     max_claims: int | None = Field(default=None, ge=1)
     claim_text: Literal["model", "quote"] | None = None
     max_tokens: int | None = Field(default=None, ge=16)
+    order: Literal["canonical", "label", "relevance"] | None = None
 
 
 class Settings(_Section):

@@ -41,4 +41,5 @@ def answer_settings(settings: Settings, model_dir: Path, chunks: int | None) -> 
         max_claims=answers.max_claims,
         claim_text=answers.claim_text,
         max_tokens=answers.max_tokens,
+        order=answers.order,
     )

@@ -117,6 +117,30 @@ class CacheControl(ABC):
         token_ids = self._encode_prefix(prompt)
         return self._thread.call(lambda: self._engine.explain(token_ids, cache_salt=cache_salt, lora=lora))
 
+    def cached_order(
+        self,
+        prefix: Seq[int],
+        blocks: Seq[Seq[int]],
+        *,
+        first: Seq[Seq[int]] | None = None,
+        cache_salt: str | None = None,
+        lora: Lora | None = None,
+    ) -> list[int]:
+        """In which order blocks of tokens, such as passages, go on from a prefix on the deepest cached path.
+
+        Args:
+            prefix: the tokens before them.
+            blocks: tokens of each, in the order that is preferred where the cache does not care.
+            first: tokens of each where it stands right after the prefix, if they differ there.
+
+        Returns:
+            Indices of all blocks. The order is part of a prompt, so an answer may depend on it; it follows from what is
+            cached at this moment, and is not the same tomorrow.
+        """
+        return self._thread.call(
+            lambda: self._engine.cached_order(prefix, blocks, first=first, cache_salt=cache_salt, lora=lora)
+        )
+
     def cache_report(self, *, per_salt: bool = False) -> CacheReport:
         """The state of the KV cache between two steps. `per_salt` adds what each tenant has and took."""
         return self._thread.call(lambda: self._engine.report(per_salt=per_salt))

@@ -20,6 +20,7 @@ from torch import Tensor
 from exl2_rag.errors import BannedStringsError, ContextOverflowError, EngineError, Exl2RagError, RequestError
 from exl2_rag.llm.cache_explanation import CacheExplanation, explain
 from exl2_rag.llm.cache_report import CacheReport
+from exl2_rag.llm.cached_order import cached_order
 from exl2_rag.llm.engine_config import EngineConfig
 from exl2_rag.llm.fingerprint import CacheIdentity, root_key
 from exl2_rag.llm.lora.choice import Lora, LoraChoices, lora_choices, lora_identity
@@ -331,6 +332,19 @@ class Engine:
             other_roots=reversed(table.roots),
         )
         return explain(trace, token_ids, self._text.shown_text)
+
+    def cached_order(
+        self,
+        prefix: Seq[int],
+        blocks: Seq[Seq[int]],
+        *,
+        first: Seq[Seq[int]] | None = None,
+        cache_salt: str | None = None,
+        lora: Lora | None = None,
+    ) -> list[int]:
+        """See `cached_order.cached_order`."""
+        root = self.cache_root(cache_salt, lora_identity(self._lora_set(lora)))
+        return cached_order(self._scheduler.table, prefix, blocks, first=first, root=root)
 
     def step(self) -> list[Update]:
         """Run one step and say what is new.

@@ -188,6 +188,15 @@ class PageTable:
         n_unheld = sum(self.pages[index].n_holders == 0 for index in pages)
         return PrefixMatch(tuple(pages), tuple(keys), source, n_rows, start + n_rows, n_unheld)
 
+    def has_page(self, key: bytes, token_ids: list[int]) -> bool:
+        """Whether there is a full page of this key that holds these tokens."""
+        index = self._by_key.get(key)
+        return index is not None and self.pages[index].token_ids == token_ids
+
+    def matching_rows(self, parent_key: bytes, token_ids: Seq[int]) -> int:
+        """How many of these tokens the best page after `parent_key` begins with."""
+        return self._best_sibling(parent_key, token_ids)[1]
+
     def hold(
         self, token_ids: Seq[int], limit: int, known_keys: list[bytes] | None = None, root: bytes | None = None
     ) -> HeldPages:

@@ -39,6 +39,7 @@ from exl2_rag.qa.answer import (
     ShownChunk,
     parse_reply,
 )
+from exl2_rag.qa.chunk_order import ChunkPopularity, deepest_cached
 from exl2_rag.qa.citations import QuoteMatch, verify_quote
 from exl2_rag.qa.prompt import build_messages, order_chunks
 from exl2_rag.qa.settings import QASettings
@@ -68,6 +69,7 @@ class DocumentQA:
         self.llm = llm
         self.retriever = _retriever_of(index)
         self.settings = QASettings.for_model(llm.model_dir) if settings is None else settings
+        self._popularity = ChunkPopularity()
 
     def ask(self, question: str, k: int | None = None) -> Answer:
         """Answer one question.
@@ -139,6 +141,8 @@ class DocumentQA:
             token_ids = self._encode(question, shown)
             n_tokens = len(token_ids)
             if n_tokens <= limit:
+                shown, token_ids = self._in_order(question, shown, kept, token_ids)
+                self._popularity.note(shown)
                 return _Prepared(question, tuple(found), tuple(shown), token_ids, started, retrieval_s)
             kept.pop()
         if not found:
@@ -152,8 +156,26 @@ class DocumentQA:
             limit_tokens=limit,
         )
 
+    def _in_order(
+        self, question: str, shown: list[Chunk], kept: Sequence[ScoredChunk], token_ids: list[int]
+    ) -> tuple[list[Chunk], list[int]]:
+        """The chunks as `settings.order` has them, and their prompt; `token_ids` shows them in the order of labels."""
+        if self.settings.order == "label" or len(shown) < 2:
+            return shown, token_ids
+        if self.settings.order == "relevance":
+            best = {scored.chunk.label: -scored.score for scored in reversed(kept)}
+            ordered = sorted(shown, key=lambda chunk: best[chunk.label])
+        else:
+            preferred = self._popularity.sort(shown)
+            if preferred != shown:
+                token_ids = self._encode(question, preferred)
+            ordered = deepest_cached(self.llm, preferred, self.retriever.index.delimiter, token_ids)
+            if ordered == preferred:
+                return ordered, token_ids
+        return ordered, self._encode(question, ordered)
+
     def _encode(self, question: str, chunks: Sequence[Chunk]) -> list[int]:
-        messages = build_messages(question, chunks, self.retriever.index.delimiter)
+        messages = build_messages(question, chunks, self.retriever.index.delimiter, keep_order=True)
         try:
             return self.llm.encode_chat(messages)
         except ChatTemplateError:

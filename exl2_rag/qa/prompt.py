@@ -5,7 +5,7 @@ which the model's card names. Changing any character of what these functions ret
 
 A prompt is a list of token blocks: the system text, one block per document chunk, the question. Each block is
 tokenised by itself and is a pure function of what it shows (no rank, no score, no "document 3 of 8"), and chunks stand
-in a canonical order; so two questions over the same documents share their leading tokens and the engine computes those
+in an order that the question has no part in; so two questions over the same documents share their leading tokens and the engine computes those
 once. This module knows nothing of tokens, of retrieval scores or of the engine.
 """
 
@@ -86,23 +86,23 @@ def label_order(label: str) -> tuple[str, int, str]:
 
 
 def order_chunks(chunks: Iterable[ChunkT]) -> list[ChunkT]:
-    """The chunks in canonical order, each label once.
-
-    The order depends on the chunks alone, never on the question: that is what lets prompts share a prefix.
-    """
+    """The chunks in the order of their labels, each once. It depends on the chunks alone, never on the question."""
     by_label: dict[str, ChunkT] = {}
     for chunk in chunks:
         by_label.setdefault(chunk.label, chunk)
     return sorted(by_label.values(), key=lambda chunk: label_order(chunk.label))
 
 
-def build_messages(question: str, chunks: Sequence[PromptChunk], delimiter: str) -> list[dict[str, Any]]:
+def build_messages(
+    question: str, chunks: Sequence[PromptChunk], delimiter: str, *, keep_order: bool = False
+) -> list[dict[str, Any]]:
     """The chat messages that ask `question` about `chunks`, as token blocks for `ExL2LLM.encode_chat`.
 
     Args:
         question: what is asked.
-        chunks: the chunks to show; put into canonical order here.
+        chunks: the chunks to show.
         delimiter: the secret of the index the chunks come from.
+        keep_order: show them as they come; otherwise each label once, in the order of the labels.
 
     Returns:
         A system message and a user message; the user message's content is a list of untrusted `TextBlock`, one per
@@ -119,7 +119,7 @@ def build_messages(question: str, chunks: Sequence[PromptChunk], delimiter: str)
             "the question holds the index's secret delimiter, with which it could pose as a document; leave it out"
         )
     blocks: list[TextBlock] = []
-    for chunk in order_chunks(chunks):
+    for chunk in chunks if keep_order else order_chunks(chunks):
         title = block_title(chunk.title, chunk.heading)
         if delimiter.lower() in f"{title}\n{chunk.text}".lower():
             raise RetrievalError(

@@ -22,6 +22,7 @@ from exl2_rag.qa.prompt import PROMPT_FORM_VERSION
 CARD_NAME = "exl2_rag.json"
 QuoteUnit = Literal["sentence", "span"]
 ClaimText = Literal["model", "quote"]
+ChunkOrder = Literal["canonical", "label", "relevance"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,10 @@ class QASettings:
         max_text_chars: characters of a claim's own text at most.
         max_tokens: tokens of a reply at most. A reply cut off here is marked, see `Answer.truncated`.
         temperature: 0 is greedy.
+        order: of the chunks in the prompt. "canonical": those first that the engine's cache can go on with, then those
+            shown most often, then by label; the cheapest, but it depends on what was asked before, and as the order is
+            part of the prompt, a repeated question may be answered from another prompt. "label": by label, the same for
+            the same chunks always. "relevance": the best match first, which reuses least.
 
     Raises:
         SettingsError: a value is of the wrong type or out of range.
@@ -51,6 +56,7 @@ class QASettings:
     max_text_chars: int = 200
     max_tokens: int = 512
     temperature: float = 0.0
+    order: ChunkOrder = "canonical"
 
     def __post_init__(self) -> None:
         for name, least in (("k", 1), ("max_claims", 1), ("min_words", 1), ("max_text_chars", 1), ("max_tokens", 16)):
@@ -61,6 +67,8 @@ class QASettings:
             raise SettingsError(f'quote_unit must be "sentence" or "span", got {self.quote_unit!r}')
         if self.claim_text not in ("model", "quote"):
             raise SettingsError(f'claim_text must be "model" or "quote", got {self.claim_text!r}')
+        if self.order not in ("canonical", "label", "relevance"):
+            raise SettingsError(f'order must be "canonical", "label" or "relevance", got {self.order!r}')
         temperature = self.temperature
         is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
         if not is_number or not math.isfinite(temperature) or temperature < 0:

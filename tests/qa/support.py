@@ -104,7 +104,15 @@ class ScriptedEngine:
         self.max_seq_len = max_seq_len
         self.model_dir = model_dir
         self.prompts: list[str] = []
+        self.prefixes: list[str] = []
+        self.order: Callable[[int], list[int]] = lambda count: list(range(count))
         self.constraints: list[Constraint] = []
+
+    def cached_order(
+        self, prefix: Sequence[int], blocks: Sequence[Sequence[int]], *, first: Sequence[Sequence[int]] | None = None
+    ) -> list[int]:
+        self.prefixes.append(self.tokenizer.decode(prefix, skip_special=False))
+        return self.order(len(blocks))
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         return encode_chat(self.tokenizer, self.template, messages)
