@@ -1,6 +1,6 @@
 """How many document tokens are reused by the order in which chunks stand in the prompt, on a simulated load.
 
-    python benchmarks/canonical_order.py [--queries N] [--out FILE]
+    python benchmarks/canonical_order.py [--queries N]
 
 2,000 chunks of about 200 tokens in 100 topics; a query is about one topic, drawn by a Zipf law of exponent 1, and finds
 k = 6 chunks: three quarters of that topic, drawn by a Zipf law again, the rest noise. Prompts are a system text of 100
@@ -18,7 +18,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from itertools import accumulate
-from pathlib import Path
 
 from exl2_rag.llm.cached_order import cached_order
 from exl2_rag.llm.page_table import PageTable
@@ -153,12 +152,8 @@ def measure(n_queries: int) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--queries", type=int, default=1500)
-    parser.add_argument("--out", type=Path, help="write the JSON there as well")
     options = parser.parse_args()
-    result = json.dumps(measure(options.queries), indent=1)
-    if options.out is not None:
-        options.out.write_text(result + "\n", encoding="utf-8")
-    print(result)
+    print(json.dumps(measure(options.queries)))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ which the model's card names. Changing any character of what these functions ret
 
 A prompt is a list of token blocks: the system text, one block per document chunk, the question. Each block is
 tokenised by itself and is a pure function of what it shows (no rank, no score, no "document 3 of 8"), and chunks stand
-in an order that the question has no part in; so two questions over the same documents share their leading tokens and the engine computes those
-once. This module knows nothing of tokens, of retrieval scores or of the engine.
+in an order that the question has no part in; so two questions over the same documents share their leading tokens and
+the engine computes those once. This module knows nothing of tokens, of retrieval scores or of the engine.
 """
 
 from __future__ import annotations
