@@ -35,6 +35,8 @@ these; `assert` is only for what the package itself can get wrong.
      |   +- IndexLockedError           another process has the index open
      |   +- EmbedderMismatchError      the index was built with another embedder
      |   +- TextTooLongError           text longer than the embedder takes
+     +- ConversionError                making an EXL2 model: the job, its source, its budget
+     |   +- CalibrationError           text, activations or weights that cannot be calibrated with
      +- AnswerError                    a model's answer that does not parse or verify
 """
 
@@ -187,3 +189,11 @@ class TextTooLongError(RetrievalError):
 
 class AnswerError(Exl2RagError):
     """The model's answer does not parse or does not hold against its sources."""
+
+
+class ConversionError(Exl2RagError):
+    """An EXL2 model cannot be made: the job directory, the source, the disk or the budget."""
+
+
+class CalibrationError(ConversionError):
+    """Text, activations or weights that cannot be calibrated with."""

@@ -19,38 +19,36 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _FIELD_TYPES = {"*": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float}
 
 
-def _structure(name: str, fields: str) -> type[ctypes.Structure]:
+def structure(name: str, fields: str) -> type[ctypes.Structure]:
     """A structure of fields "type:name"; the types are pointers (*), int (i), int64 (l) and float (f)."""
     pairs = [field.split(":") for field in fields.split()]
     return type(name, (ctypes.Structure,), {"_fields_": [(field, _FIELD_TYPES[kind]) for kind, field in pairs]})
 
 
-_Exl2Matmul = _structure(
+_Exl2Matmul = structure(
     "Exl2Matmul",
     "*:x l:rows l:in l:out *:codes l:packed_rows *:scales *:group_scales *:groups l:n_groups *:perm *:y",
 )
-_GptqMatmul = _structure("GptqMatmul", "*:x l:rows l:in l:out *:codes *:scales *:zeros *:row_groups l:n_groups *:y")
-_Exl2Planes = _structure(
-    "Exl2Planes", "*:words l:packed_rows l:out *:groups l:n_groups *:scale_words *:planes *:scales"
-)
-_GptqPlanes = _structure("GptqPlanes", "*:words l:in l:out *:perm *:planes")
-_Digits = _structure("Digits", "*:x l:rows l:in *:perm *:digits *:scales *:sums")
-_PlaneMatmul = _structure(
+_GptqMatmul = structure("GptqMatmul", "*:x l:rows l:in l:out *:codes *:scales *:zeros *:row_groups l:n_groups *:y")
+_Exl2Planes = structure("Exl2Planes", "*:words l:packed_rows l:out *:groups l:n_groups *:scale_words *:planes *:scales")
+_GptqPlanes = structure("GptqPlanes", "*:words l:in l:out *:perm *:planes")
+_Digits = structure("Digits", "*:x l:rows l:in *:perm *:digits *:scales *:sums")
+_PlaneMatmul = structure(
     "PlaneMatmul",
     "*:digits *:x_scales *:sums l:rows l:in l:out *:planes l:packed_rows *:scales *:group_scales *:zeros *:groups "
     "l:n_groups *:bias i:accumulate *:y",
 )
-_Embedding = _structure("Embedding", "*:table i:dtype l:n_ids l:columns *:ids l:rows *:y")
-_AddInto = _structure("AddInto", "*:x l:count *:y")
-_DenseMatmul = _structure("DenseMatmul", "*:x l:rows l:in l:out *:weight i:dtype *:bias i:accumulate *:y")
-_RmsNorm = _structure("RmsNorm", "*:x *:weight l:rows l:columns f:eps *:y")
-_SiluMul = _structure("SiluMul", "*:gate *:up l:count *:y")
-_RopeCacheWrite = _structure(
+_Embedding = structure("Embedding", "*:table i:dtype l:n_ids l:columns *:ids l:rows *:y")
+_AddInto = structure("AddInto", "*:x l:count *:y")
+_DenseMatmul = structure("DenseMatmul", "*:x l:rows l:in l:out *:weight i:dtype *:bias i:accumulate *:y")
+_RmsNorm = structure("RmsNorm", "*:x *:weight l:rows l:columns f:eps *:y")
+_SiluMul = structure("SiluMul", "*:gate *:up l:count *:y")
+_RopeCacheWrite = structure(
     "RopeCacheWrite",
     "*:q *:k *:v *:cos *:sin *:positions *:slots l:rows l:heads l:kv_heads l:dim l:n_positions l:half l:n_slots "
     "*:k_pages *:v_pages i:dtype *:q_rotated",
 )
-_PagedAttention = _structure(
+_PagedAttention = structure(
     "PagedAttention",
     "*:q *:k_pages *:v_pages i:dtype *:page_table *:query_starts *:context_lens l:rows l:heads l:kv_heads l:dim "
     "l:n_pages l:page_size l:batch l:table_width f:softmax_scale l:window *:y",

@@ -34,6 +34,7 @@ _LEVEL_SOURCES = (
     "embedding",
     "rotary",
     "attention",
+    "quantise",
 )
 _COMMON_SOURCES = ("library", "thread_pool")
 

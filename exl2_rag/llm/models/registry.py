@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -47,7 +47,7 @@ def load_model(
     """
     if max_seq_len < 1:
         raise SettingsError(f"max_seq_len must be at least 1, got {max_seq_len}")
-    loader = _Loader(config, checkpoint, device, precision)
+    loader = ModelParts(config, checkpoint, device, precision)
     try:
         tensor_names.check_tensors(config, checkpoint)
         embedding = loader.embedding()
@@ -63,17 +63,30 @@ def load_model(
         raise CheckpointError(f"{model_dir}: {error}") from error
 
 
-class _Loader:
-    """Reads the parts of one model."""
+class ModelParts:
+    """Reads the parts of one model.
 
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, device: torch.device, precision: str) -> None:
+    Args:
+        make_linear: makes the linear layers; None: `load_linear`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        precision: str,
+        make_linear: Callable[[LinearSpec], Linear] | None = None,
+    ) -> None:
         self._config = config
         self._checkpoint = checkpoint
         self._device = device
         self._precision = precision
         self._memory = ops.WeightMemory()
+        self._make_linear = self._load_linear if make_linear is None else make_linear
 
     def embedding(self) -> Embedding:
+        """The token embedding."""
         return load_embedding(
             self._checkpoint,
             tensor_names.EMBEDDING_KEY,
@@ -83,10 +96,15 @@ class _Loader:
         )
 
     def norm(self, key: str) -> RMSNorm:
+        """The norm of this key."""
         config = self._config
         return load_norm(self._checkpoint, key, width=config.hidden_size, eps=config.norm_eps, device=self._device)
 
     def linear(self, spec: LinearSpec) -> Linear:
+        """One linear layer."""
+        return self._make_linear(spec)
+
+    def _load_linear(self, spec: LinearSpec) -> Linear:
         return load_linear(
             self._checkpoint,
             spec,
@@ -97,6 +115,7 @@ class _Loader:
         )
 
     def head(self, embedding: Embedding) -> Linear:
+        """The output head; where it is the embedding, it shares its memory."""
         spec = tensor_names.head_spec(self._config, self._checkpoint)
         if spec is None:
             return DenseLinear(embedding.weight, None)
@@ -111,6 +130,7 @@ class _Loader:
         return {name: AdaptedLinear(self.linear(spec), spec.key) for name, spec in specs.items()}
 
     def layer(self, index: int) -> DecoderLayer:
+        """One decoder layer."""
         config = self._config
         attention = self._linears(tensor_names.attention_specs(config, index))
         mlp = self._linears(tensor_names.mlp_specs(config, index))

@@ -22,6 +22,11 @@ HEAD_KEY: Final = "lm_head"
 _HARMLESS = re.compile(r"rotary_emb\.inv_freq$")
 
 
+def is_ignored(name: str) -> bool:
+    """Whether a tensor of this name is of no use, though files have it."""
+    return _HARMLESS.search(name) is not None
+
+
 def input_norm_key(layer: int) -> str:
     """The norm before attention."""
     return f"model.layers.{layer}.input_layernorm"
@@ -85,7 +90,7 @@ def check_tensors(config: ModelConfig, checkpoint: Checkpoint) -> None:
         used.add(name)
     for spec in _linear_specs(config, checkpoint):
         used.update(check_linear(checkpoint, spec))
-    unknown = [name for name in checkpoint.names() if name not in used and not _HARMLESS.search(name)]
+    unknown = [name for name in checkpoint.names() if name not in used and not is_ignored(name)]
     if unknown:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise CheckpointError(

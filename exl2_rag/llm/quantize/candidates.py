@@ -78,6 +78,60 @@ _MLP = _table(
 )
 """(gate, up, down) of each row."""
 
+_MIXES = (
+    "3:.05/64 2:.95/64",
+    "3:.1/64 2:.9/64",
+    "3:.25/64 2:.75/64",
+    "3:.5/64 2:.5/64",
+    "4:.05/128 3:.95/128",
+    "4:.1/64 3:.9/64",
+    "4:.25/128 3:.75/128",
+    "4:.5/128 3:.5/128",
+    "4:1/128",
+    "4:1/32",
+    "5:.1/128 4:.9/128",
+    "5:.25/64 4:.75/64",
+    "5:.5/128 4:.5/128",
+    "5:1/128",
+    "5:1/32",
+    "6:.1/128 5:.9/128",
+    "6:.5/128 5:.5/128",
+    "6:1/128",
+    "6:1/32",
+    "8:.1/128 6:.9/128",
+    "8:.3/128 6:.7/128",
+    "8:.6/128 6:.4/128",
+    "8:.85/128 6:.15/128",
+    "8:1/128",
+    "8:1/32",
+)
+_BELOW, _ABOVE = 1.25, 2.1  # layouts of so many bits less and more than the average are worth measuring
+
+
+def matrix_plans(bits: float, in_features: int, out_features: int) -> list[QuantisationPlan]:
+    """Layouts to measure for a single matrix of a model that is to have this average, the smallest one always."""
+    plans = [_plan(text) for text in _MIXES]
+    elements = in_features * padded(out_features)
+
+    def width(plan: QuantisationPlan) -> float:
+        return plan.total_bits(in_features, padded(out_features)) / elements
+
+    return [plan for plan in plans if bits - _BELOW <= width(plan) <= bits + _ABOVE or plan is plans[0]]
+
+
+def reference_rows(gated: bool = True) -> dict[str, list[dict[str, QuantisationPlan]]]:
+    """The rows of ExLlamaV2's tables: plans by short name of the matrix, for each part of a layer.
+
+    Args:
+        gated: the MLP has a gate.
+    """
+    attention = [{"q_proj": qk, "k_proj": qk, "v_proj": value, "o_proj": out} for qk, value, out in _ATTENTION]
+    mlp = [{"gate_proj": gate, "up_proj": up, "down_proj": down} for gate, up, down in _MLP]
+    if not gated:
+        mlp = [{name: plan for name, plan in row.items() if name != "gate_proj"} for row in mlp]
+    return {"self_attn": attention, "mlp": mlp}
+
+
 HEAD_PLANS = {
     2: _plan("4:.3/32 2:.7/32"),
     3: _plan("4:.15/32 3:.85/32"),

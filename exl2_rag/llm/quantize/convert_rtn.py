@@ -6,10 +6,8 @@ is quantised by itself, as the format wants it.
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exl2_rag.errors import CheckpointError, ModelNotFoundError, SettingsError, UnsupportedModelError
+from exl2_rag.errors import CheckpointError, SettingsError, UnsupportedModelError
 from exl2_rag.llm.checkpoint.checkpoint import Checkpoint
 from exl2_rag.llm.checkpoint.writer import write_checkpoint
 from exl2_rag.llm.quantize.candidates import HEAD_PLANS
+from exl2_rag.llm.quantize.model_files import copy_files, read_source_config, write_config
 from exl2_rag.llm.quantize.rtn import QuantisationPlan, padded, plan_for_bits, quantize_linear_rtn
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
@@ -31,7 +30,6 @@ _LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up
 _KEPT = re.compile(r"model\.(embed_tokens|norm|layers\.\d+\.(input_layernorm|post_attention_layernorm))\.weight")
 _DROPPED = re.compile(r".*\.rotary_emb\.inv_freq")  # a buffer of old files; it follows from the config
 _HEAD, _EMBEDDING = "lm_head", "model.embed_tokens.weight"
-_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".safetensors.index.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +100,9 @@ def convert_rtn(
             writer.keep(name)
     writer.quantise(_HEAD, head_name, HEAD_PLANS[head_bits])
     paths = write_checkpoint(target_dir, writer.tensors, shard_bytes=shard_bytes)
-    _copy_files(source_dir, target_dir)
-    _write_config(config, target_dir, bits=bits, head_bits=head_bits)
+    copy_files(source_dir, target_dir)
+    calibration = {"rows": 0, "length": 0, "dataset": "(none: round to nearest)"}
+    write_config(config, target_dir, bits=bits, head_bits=head_bits, calibration=calibration)
     return ConversionReport(
         target_dir=target_dir,
         bits_per_weight=spent / elements,
@@ -141,21 +140,13 @@ class _TensorSet:
 
 
 def _read_config(source_dir: Path) -> dict[str, Any]:
-    path = source_dir / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelNotFoundError(f"{path} cannot be read: {error}; expected a model directory") from error
-    except ValueError as error:
-        raise ModelNotFoundError(f"{path} is not valid JSON: {error}") from error
-    architectures = config.get("architectures") if isinstance(config, dict) else None
+    config = read_source_config(source_dir)
+    architectures = config.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in ARCHITECTURES:
         raise UnsupportedModelError(
-            f"{path} names the architectures {architectures}; conversion knows {', '.join(ARCHITECTURES)}"
+            f"{source_dir} names the architectures {architectures}; conversion knows {', '.join(ARCHITECTURES)}"
         )
-    if "quantization_config" in config:
-        raise UnsupportedModelError(f"{source_dir} is quantised already; convert the float model it was made from")
-    return dict(config)
+    return config
 
 
 def _sort_names(source: Checkpoint) -> tuple[list[str], list[str]]:
@@ -191,24 +182,3 @@ def _head_name(source: Checkpoint, config: dict[str, Any]) -> str:
     raise CheckpointError(
         f"{source.directory} has no {_HEAD}.weight and its config does not tie it to the embedding; it is incomplete"
     )
-
-
-def _copy_files(source_dir: Path, target_dir: Path) -> None:
-    for path in sorted(source_dir.iterdir()):
-        if path.is_file() and path.name != "config.json" and not path.name.endswith(_NOT_COPIED):
-            shutil.copyfile(path, target_dir / path.name)
-
-
-def _write_config(config: dict[str, Any], target_dir: Path, *, bits: float, head_bits: int) -> None:
-    quantised = config | {
-        "quantization_config": {
-            "quant_method": "exl2",
-            "version": "exl2-rag",
-            "bits": bits,
-            "head_bits": head_bits,
-            "calibration": {"rows": 0, "length": 0, "dataset": "(none: round to nearest)"},
-        }
-    }
-    partial = target_dir / "config.json.partial"
-    partial.write_text(json.dumps(quantised, indent=4) + "\n", encoding="utf-8")
-    partial.rename(target_dir / "config.json")

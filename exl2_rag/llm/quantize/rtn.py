@@ -22,8 +22,6 @@ from exl2_rag.llm.quantize.scales import round_to_codes, search_scales
 GROUP_SIZES = (32, 64, 128)
 """Rows of a group that `plan_for_bits` chooses from."""
 
-_SEARCH_ELEMENTS = 1 << 18  # weights searched together: the many passes over them stay in the cache
-
 
 @dataclass(frozen=True, slots=True)
 class QuantisationPlan:
@@ -160,22 +158,16 @@ def quantize_linear_rtn(
 
 
 def _round_groups(stored: Tensor, groups: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes [K, N], scales [G, N] and scale_max [G]; groups of one shape that follow each other go together."""
+    """Codes [K, N], scales [G, N] and scale_max [G]."""
     codes: list[Tensor] = []
     scales: list[Tensor] = []
     scale_max: list[Tensor] = []
-    index = row = 0
-    while index < len(groups):
-        bits, rows = groups[index]
-        count = 1
-        most = max(1, _SEARCH_ELEMENTS // (rows * stored.shape[1]))
-        while count < most and index + count < len(groups) and groups[index + count] == (bits, rows):
-            count += 1
-        stack = stored[row : row + count * rows].reshape(count, rows, -1)
-        found = search_scales(stack, bits)
-        codes.append(round_to_codes(stack, found.column_scale, bits).reshape(count * rows, -1))
+    first = 0
+    for bits, rows in groups:
+        group = stored[first : first + rows]
+        found = search_scales(group, bits)
+        codes.append(round_to_codes(group, found.column_scale, bits))
         scales.append(found.scale)
         scale_max.append(found.scale_max)
-        index += count
-        row += count * rows
-    return torch.cat(codes), torch.cat(scales), torch.cat(scale_max)
+        first += rows
+    return torch.cat(codes), torch.stack(scales), torch.stack(scale_max)

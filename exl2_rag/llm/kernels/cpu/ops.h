@@ -149,11 +149,35 @@ struct PagedAttention {
     float* y;                       // [rows, heads, dim]
 };
 
+// For making EXL2 matrices; see quantise.cpp.
+struct RoundingCosts {
+    const float* x;                 // [rows, columns]
+    int64_t rows, columns;
+    const float* row_weights;       // [rows]
+    const float* steps;             // [n_steps, columns]
+    int64_t n_steps;
+    int bits, peaks;
+    float* costs;                   // [n_steps, columns]
+};
+
+struct GptqRows {
+    const float* x;                 // [rows, columns]
+    int64_t rows, columns;
+    const float* upper;             // [rows, rows], rows upper_stride apart
+    int64_t upper_stride;
+    const float* steps;             // [columns]
+    int bits, feedback;
+    uint8_t* codes;                 // [rows, columns]
+    float* values;                  // [rows, columns]
+    float* errors;                  // [rows, columns]
+};
+
 #define EXL2_FOR_EACH_OP(apply)                                                                                   \
     apply(exl2_matmul, Exl2Matmul) apply(gptq_matmul, GptqMatmul) apply(dense_matmul, DenseMatmul)                \
     apply(exl2_planes, Exl2Planes) apply(gptq_planes, GptqPlanes) apply(digits, Digits)                           \
     apply(plane_matmul, PlaneMatmul) apply(rms_norm, RmsNorm) apply(silu_mul, SiluMul) apply(embedding, Embedding)    \
-    apply(add_into, AddInto) apply(rope_cache_write, RopeCacheWrite) apply(paged_attention, PagedAttention)
+    apply(add_into, AddInto) apply(rope_cache_write, RopeCacheWrite) apply(paged_attention, PagedAttention) \
+    apply(rounding_costs, RoundingCosts) apply(gptq_rows, GptqRows)
 
 #define EXL2_DECLARE_OP(name, Args) int name(const Args& args);
 #define EXL2_DECLARE_LEVEL(level) \

@@ -479,7 +479,7 @@ def test_what_is_no_exl2_matrix_is_refused(part, change, error, message):
 @pytest.mark.parametrize(
     ("part", "value", "error", "message"),
     [
-        ("qweight", torch.zeros(2, 32), DTypeError, "qweight must be torch.int32"),
+        ("qweight", torch.zeros(2, 32), DTypeError, "qweight must be int32"),
         ("qweight", torch.zeros(2, 40, dtype=torch.int32), ShapeError, "multiple of 32"),
         ("qzeros", torch.zeros(1, 5, dtype=torch.int32), ShapeError, "do not describe one matrix"),
         ("g_idx", torch.full((16,), 2, dtype=torch.int32), ShapeError, "values 0 to 1"),

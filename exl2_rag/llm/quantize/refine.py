@@ -1,0 +1,37 @@
+"""Weights that make up for what earlier layers have lost.
+
+A quantised model gives a matrix inputs X, where the unquantised one gave Y. The products that are wanted are those of
+Y: the weights W' = W + (W S^T) H^-1, with H the mean of X^T X and S that of X^T (Y - X), come nearest to them, and it
+is these that are quantised.
+
+Source: the closed form of least squares; asymmetric calibration as in GPTAQ (Li et al. 2025).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SHIFT_DAMPING = 0.5
+"""Added to the diagonal of H, as a share of its mean: with little text S is noisy."""
+
+
+def corrected_weight(weight: Tensor, hessian: Tensor, shift: Tensor | None) -> Tensor:
+    """The weight to quantise.
+
+    Args:
+        weight: [out, in] float32.
+        hessian: [in, in] float32, undamped.
+        shift: [in, in] float32, or None: the weight as it is.
+
+    Returns:
+        [out, in] float32.
+    """
+    if shift is None:
+        return weight
+    damped = hessian.clone()
+    damped.diagonal().add_(SHIFT_DAMPING * float(hessian.diagonal().mean()))
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if int(failed):
+        return weight  # nothing can be said of the inputs; the plain weight is the best guess
+    return weight + torch.cholesky_solve(shift @ weight.T, lower).T
