@@ -39,7 +39,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "exl2_rag.llm.sampling": (*SHARED, "exl2_rag.llm.sampling", "exl2_rag.llm.logprobs"),
     "exl2_rag.llm.scheduler": (
         *SHARED, "exl2_rag.llm.page_table", "exl2_rag.llm.sequence", "exl2_rag.llm.request",
-        "exl2_rag.llm.engine_config", "exl2_rag.llm.step_times",
+        "exl2_rag.llm.engine_config", "exl2_rag.llm.step_times", "exl2_rag.llm.pin_book", "exl2_rag.llm.prefix_trace",
+    ),
+    "exl2_rag.llm.pin_book": (*SHARED, "exl2_rag.llm.page_table", "exl2_rag.llm.sequence", "exl2_rag.llm.request"),
+    "exl2_rag.llm.quantize": (
+        *SHARED, "exl2_rag.llm.quantize", "exl2_rag.llm.models", "exl2_rag.llm.layers", "exl2_rag.llm.kernels",
+        "exl2_rag.llm.checkpoint", "exl2_rag.llm.config", "exl2_rag.llm.forward_inputs", "exl2_rag.llm.tokenizer",
     ),
     "exl2_rag.llm.step_times": SHARED,
     "exl2_rag.retrieval": (*SHARED, "exl2_rag.retrieval"),
