@@ -408,7 +408,19 @@ class ExL2LLM(CacheControl, Scoring):
     def _sequence(
         self, token_ids: tuple[int, ...], sampling: SamplingParams | None, **options: Unpack[RequestOptions]
     ) -> Sequence:
-        return self._engine.prepare(GenerationRequest(token_ids, sampling or SamplingParams(), **options))
+        sampling = self._with_negative_ids(sampling or SamplingParams())
+        return self._engine.prepare(GenerationRequest(token_ids, sampling, **options))
+
+    def _with_negative_ids(self, sampling: SamplingParams) -> SamplingParams:
+        """The same with its negative prompt, if it has one, as token ids."""
+        negative = sampling.negative_prompt
+        if negative is None:
+            return sampling
+        if not isinstance(negative, str) and isinstance(negative[0], Mapping):
+            ids = tuple(self.encode_chat(cast(Seq[Message], negative)))
+        else:
+            ids = self._encode(cast(Prompt, negative))
+        return dataclasses.replace(sampling, negative_prompt=ids)
 
     def _stream(self, sequence: Sequence) -> Generator[StreamPiece, None, None]:
         yield from self._thread.stream(sequence)  # a frame of our own, so that the engine outlives the stream

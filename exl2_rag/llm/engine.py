@@ -23,6 +23,7 @@ from exl2_rag.llm.cache_report import CacheReport
 from exl2_rag.llm.cached_order import cached_order
 from exl2_rag.llm.engine_config import EngineConfig
 from exl2_rag.llm.fingerprint import CacheIdentity, root_key
+from exl2_rag.llm.guidance import accompany, negative_ids, room_for_two, when_both_are_there
 from exl2_rag.llm.lora.choice import Lora, LoraChoices, lora_choices, lora_identity
 from exl2_rag.llm.model_runner import ModelRunner
 from exl2_rag.llm.next_tokens import allowed_next
@@ -35,7 +36,6 @@ from exl2_rag.llm.request import FinishReason, GenerationRequest, SamplingParams
 from exl2_rag.llm.sampler import DrawnToken, choose
 from exl2_rag.llm.sampler_setup import TokenTexts, next_draw, sampler_state
 from exl2_rag.llm.sampling.draw import Draw
-from exl2_rag.llm.sampling.honoured import refuse_unhonoured
 from exl2_rag.llm.scheduler import Scheduler, Slice, StepPlan
 from exl2_rag.llm.sequence import Evaluation, Sequence, State
 from exl2_rag.llm.sources import source_positions
@@ -187,12 +187,15 @@ class Engine:
             ConstraintError: the constraint cannot be enforced.
         """
         sampling, token_ids = request.sampling, request.token_ids
-        refuse_unhonoured(sampling)
         self._check_prompt(token_ids, n_new=1)
         healing = self._healing(request)
         if healing is not None:
             token_ids = token_ids[: -healing.n_tokens]
         room = self.config.sequence_limit - len(token_ids)
+        if sampling.is_guided:
+            negative = negative_ids(sampling, request.token_ids)
+            self._check_prompt(negative, n_new=1)
+            room = room_for_two(self.config, token_ids, negative)
         stop_ids = frozenset(sampling.stop_token_ids)
         lora = self._lora_set(request.lora)
         # A constraint allows an end-of-sequence id only where its text is complete; nothing can follow it then.
@@ -220,6 +223,8 @@ class Engine:
             timeout_s=request.timeout_s,
             sources=source_positions(request.sources),
         )
+        if sampling.is_guided:
+            accompany(sequence, negative)
         sequence.branches = self._branches(request, sequence.seed)
         return sequence
 
@@ -522,7 +527,7 @@ class Engine:
         updates: list[Update] = []
         draws: list[Draw] = []
         drawn: list[tuple[Sequence, Tensor]] = []
-        for sequence, logits in self._with_branches(ready):
+        for sequence, logits, negative in when_both_are_there(self._with_branches(ready)):
             sequence.mark_progress()
             if sequence.finish_reason is None and sequence.matcher is not None and sequence.matcher.is_finished:
                 sequence.finish_reason = "stop"
@@ -537,7 +542,7 @@ class Engine:
             if sequence.bans and allowed is not None and not allowed.any():
                 updates += self._leave_dead_end(sequence)
                 continue
-            draws.append(next_draw(sequence, allowed))
+            draws.append(next_draw(sequence, allowed, negative))
             drawn.append((sequence, logits))
         for (sequence, _), choice in zip(drawn, _sample_each([row for _, row in drawn], draws), strict=True):
             if isinstance(choice, Exception):
@@ -612,7 +617,7 @@ class Engine:
     def _append(self, sequence: Sequence, token_id: int) -> None:
         """Add one token to the continuation, and set the finish reason if it is the last."""
         assert sequence.output is not None
-        sequence.token_ids.append(token_id)
+        sequence.append(token_id)
         if token_id in sequence.stop_token_ids:
             sequence.finish_reason = "stop"
             return
@@ -666,9 +671,10 @@ class Engine:
         else:
             self._scheduler.remove(sequence)
         if sequence.index == 0:  # its branches had the prompt from it
-            self._n_prompt_tokens += sequence.n_prompt
-            self._n_cached_tokens += sequence.n_cached_tokens or 0
-            self._tenants.note(sequence.cache_root, sequence.n_prompt, sequence.n_cached_tokens or 0)
+            usage = sequence.usage()
+            self._n_prompt_tokens += usage.prompt_tokens
+            self._n_cached_tokens += usage.cached_tokens
+            self._tenants.note(sequence.cache_root, usage.prompt_tokens, usage.cached_tokens)
         return Update(sequence, piece)
 
     def _fail(self, sequence: Sequence, error: Exception) -> Update:

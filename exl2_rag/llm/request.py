@@ -62,7 +62,10 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts of one request; `cached_tokens` of the prompt were not computed again."""
+    """Token counts of one request; `cached_tokens` of the prompt were not computed again.
+
+    Prompts are all that were computed: the negative one of a guided request counts, too.
+    """
 
     prompt_tokens: int
     cached_tokens: int

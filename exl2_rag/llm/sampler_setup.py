@@ -12,6 +12,7 @@ from exl2_rag.llm.sampling.state import SamplerState
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from exl2_rag.llm.sequence import Sequence
 
@@ -69,14 +70,23 @@ def sampler_state(
     )
 
 
-def next_draw(sequence: Sequence, allowed: NDArray[np.bool_] | None) -> Draw:
+def next_draw(sequence: Sequence, allowed: NDArray[np.bool_] | None, negative: Tensor | None = None) -> Draw:
     """How the next token of a sequence is drawn.
 
     Args:
         allowed: [V] what its constraint allows, or None.
+        negative: [1, V] the logits of its companion, or None.
     """
     state = sequence.sampler
     if state is not None and sequence.sampling.reads_history:
         state.history.follow(sequence.token_ids)
     forced = sequence.forced[0] if sequence.forced else None
-    return Draw(sequence.sampling, sequence.seed, sequence.n_new, allowed, state, forced=forced)
+    return Draw(
+        sequence.sampling,
+        sequence.seed,
+        sequence.n_new,
+        allowed,
+        state,
+        None if negative is None else negative[0],
+        forced,
+    )

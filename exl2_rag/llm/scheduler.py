@@ -108,6 +108,15 @@ class Scheduler:
         sequence.arrival = self._n_arrivals
         self._n_arrivals += 1
         self._insert(self.waiting, sequence, State.WAITING)
+        self._add_companion(sequence)
+
+    def _add_companion(self, leader: Sequence) -> None:
+        """Queue the other half of a guided sequence right behind it."""
+        if leader.companion is None:
+            return
+        leader.companion.arrival, leader.companion.index = leader.arrival, leader.index
+        leader.companion.priority = leader.priority
+        self._insert(self.waiting, leader.companion, State.WAITING)
 
     def fork(self, sequence: Sequence) -> list[PageCopy]:
         """Let the branches of a sequence whose prompt is computed go on from there.
@@ -125,6 +134,7 @@ class Scheduler:
             if branch.state is not State.NEW:  # cancelled meanwhile
                 continue
             branch.mark_forked(sequence)
+            self._add_companion(branch)
             if len(self.running) >= self._config.max_batch_size:
                 self._insert(self.waiting, branch, State.WAITING)
                 continue
@@ -149,6 +159,8 @@ class Scheduler:
         if not sequence.has_forked:
             for branch in sequence.branches:
                 self.remove(branch)
+        if sequence.companion is not None:
+            self.remove(sequence.companion)
         if sequence.state is State.WAITING:
             self.waiting.remove(sequence)
         elif sequence.state is State.RUNNING:
@@ -182,6 +194,8 @@ class Scheduler:
 
         Its last token is to be computed again, for the logits after it.
         """
+        if sequence.companion is not None:
+            self.forget_rows(sequence.companion)
         n_kept = len(sequence.token_ids) - 1
         del sequence.page_keys[len(sequence.token_ids) // self.table.page_size :]
         if sequence.held is None or sequence.held.n_tokens <= n_kept:
@@ -205,7 +219,8 @@ class Scheduler:
         for sequence in [one for one in self.running if one not in decoding]:
             self._admit(plan, budget, ahead_of=sequence)
             self._plan_prefill(plan, sequence, budget)
-        stalled = len(plan.slices) < len(self.running) and not budget.is_spent
+        # One of a guided pair has nothing to compute while it waits for the other.
+        stalled = len(plan.slices) < sum(one.n_pending > 0 for one in self.running) and not budget.is_spent
         if not stalled and self.n_preemptions == n_preemptions:
             self._admit(plan, budget)
         return plan
@@ -264,7 +279,7 @@ class Scheduler:
             last = self.running[-1]
             if last is sequence:
                 # It keeps its pages: sequences before it that need them take them, and else it goes on next time.
-                if self.running[0] is sequence:
+                if all(one in sequence.pair for one in self.running):
                     self._fail(plan, sequence)
                 return 0
             self._preempt(plan, last)
@@ -297,7 +312,7 @@ class Scheduler:
             while not self._fits(sequence) and self._preempt_lower(plan, sequence):
                 pass
             if not self._fits(sequence):
-                if self.running:
+                if any(one not in sequence.pair for one in self.running):
                     return
                 self._fail(plan, sequence)
                 continue
@@ -346,7 +361,8 @@ class Scheduler:
             self._raise(min(behind, key=lambda one: (one.arrival, one.index)), sequence.priority)
 
     def _raise(self, sequence: Sequence, priority: int) -> None:
-        sequence.priority = max(sequence.priority, priority)
+        for one in sequence.pair:
+            one.priority = max(one.priority, priority)
         for queue in (self.waiting, self.running):
             queue.sort(key=lambda one: one.rank)
 
@@ -400,6 +416,7 @@ class Scheduler:
     def _fail(self, plan: StepPlan, sequence: Sequence) -> None:
         """Nothing else runs, and yet there is no room: pins hold the rest."""
         counts = self.table.counts()
+        sequence = sequence.leader or sequence
         plan.failures.append(
             (
                 sequence,
@@ -410,7 +427,7 @@ class Scheduler:
                 ),
             )
         )
-        plan.slices = [one for one in plan.slices if one.sequence is not sequence]
+        plan.slices = [one for one in plan.slices if one.sequence not in sequence.pair]
         self.remove(sequence)
 
 

@@ -127,6 +127,9 @@ class Sequence:
         self.timeout_s = timeout_s
         self.index = index
         self.branches: tuple[Sequence, ...] = ()  # the other continuations, if this is the first of several
+        self.companion: Sequence | None = None  # its other half, if it is guided; see `guidance`
+        self.leader: Sequence | None = None  # the half that it accompanies
+        self.kept_logits: Any = None  # [1, V] after its last token, until those of the other half are there
         self.has_forked = False  # its branches go their own ways
 
         self.state = State.NEW
@@ -172,14 +175,21 @@ class Sequence:
         return len(self.token_ids) - self.n_prompt
 
     @property
-    def rank(self) -> tuple[int, int, int]:
-        """Its place among all: the smaller comes first. Higher priority, then earlier arrival."""
-        return -self.priority, self.arrival, self.index
+    def rank(self) -> tuple[int, int, int, bool]:
+        """Its place among all: the smaller comes first. Higher priority, then earlier arrival; companions follow."""
+        return -self.priority, self.arrival, self.index, self.leader is not None
+
+    @property
+    def pair(self) -> tuple[Sequence, ...]:
+        """Itself, and its other half if it is guided or guides."""
+        other = self.companion or self.leader
+        return (self,) if other is None else (self, other)
 
     @property
     def n_slots(self) -> int:
         """Places it takes in the batch and the queue, those of its branches included until they are on their own."""
-        return 1 if self.has_forked else 1 + len(self.branches)
+        n_sequences = 1 if self.companion is None else 2
+        return n_sequences if self.has_forked else n_sequences * (1 + len(self.branches))
 
     @property
     def takes_drafts(self) -> bool:
@@ -205,7 +215,9 @@ class Sequence:
         if self.matcher is not None:
             self.matcher.rollback(n_text_tokens)
         if n_tokens:
-            del self.token_ids[len(self.token_ids) - n_tokens :]
+            for one in self.pair:
+                del one.token_ids[len(one.token_ids) - n_tokens :]
+                one.kept_logits = None
             self.forced = []
         if self.sampler is not None:
             self.sampler.truncate(len(self.token_ids))
@@ -233,14 +245,20 @@ class Sequence:
         self.n_cached_tokens = sequence.n_cached_tokens
         self._admitted = sequence._admitted
 
+    def append(self, token_id: int) -> None:
+        """Add a new token, to the companion as well."""
+        for one in self.pair:
+            one.token_ids.append(token_id)
+
     def mark_progress(self) -> None:
         """Note that the first token, or whatever else was asked for, is there."""
         if self._first_token is None:
             self._first_token = time.perf_counter()
 
     def usage(self) -> Usage:
-        """Token counts so far."""
-        return Usage(self.n_prompt, self.n_cached_tokens or 0, self.n_new)
+        """Token counts so far; a negative prompt was computed as well, and counts as prompt."""
+        n_prompt = sum(one.n_prompt for one in self.pair)
+        return Usage(n_prompt, sum(one.n_cached_tokens or 0 for one in self.pair), self.n_new)
 
     def timings(self) -> Timings:
         """Seconds since the request was made; a time that has not come yet is the present."""
