@@ -25,9 +25,12 @@ from exl2_rag.llm.engine_loader import load_engine
 from exl2_rag.llm.engine_thread import EngineThread
 from exl2_rag.llm.health import DEFAULT_STUCK_AFTER_S, EngineHealth
 from exl2_rag.llm.kv_store.open_tiers import TierOptions
+from exl2_rag.llm.lora.loading import LoraLoading
+from exl2_rag.llm.overflow import fit_chat, fit_prompt, reserved_tokens
 from exl2_rag.llm.prompts import Prompt, Prompts, as_batch, as_token_ids
 from exl2_rag.llm.request import GenerationRequest, GenerationResult, SamplingParams, StreamPiece, Usage
-from exl2_rag.llm.request_options import RequestOptions
+from exl2_rag.llm.request_options import RequestFields, RequestOptions
+from exl2_rag.llm.results import joined_result
 from exl2_rag.llm.scoring import Scoring
 from exl2_rag.llm.sequence import Sequence
 from exl2_rag.llm.tokenizer import Tokenizer
@@ -35,12 +38,11 @@ from exl2_rag.llm.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from exl2_rag.adapters.langchain import ChatExL2
     from exl2_rag.adapters.llama_index import ExL2 as LlamaIndexExL2
-    from exl2_rag.llm.lora.shelf import LoraInfo
 
 Tools = Seq[dict[str, Any]]
 
 
-class ExL2LLM(CacheControl, Scoring):
+class ExL2LLM(CacheControl, LoraLoading, Scoring):
     """A language model and the engine that runs it. Safe to share between threads and event loops.
 
     A prompt is a text or a list of token ids. Text is ordinary text: what looks like a special token in it is not read
@@ -199,7 +201,7 @@ class ExL2LLM(CacheControl, Scoring):
         """
         prompts, is_batch = as_batch(prompt)
         sequences = [self._sequence(self._encode(one), sampling, **options) for one in prompts]
-        results = [_result(pieces) for pieces in self._thread.run_together(sequences)]
+        results = [joined_result(pieces) for pieces in self._thread.run_together(sequences)]
         return results if is_batch else results[0]
 
     def stream(
@@ -273,7 +275,8 @@ class ExL2LLM(CacheControl, Scoring):
             ChatTemplateError: the model has no chat template, or it refuses the messages.
             RequestError, EngineError: as for `generate`.
         """
-        return self.generate(self.encode_chat(messages, tools=tools), sampling, **options)
+        prompt, options = self._fit_chat(messages, sampling, tools, options)
+        return self.generate(prompt, sampling, **options)
 
     def stream_chat(
         self,
@@ -284,7 +287,8 @@ class ExL2LLM(CacheControl, Scoring):
         **options: Unpack[RequestOptions],
     ) -> Generator[StreamPiece, None, None]:
         """`chat` piece by piece. Closing the generator cancels the request."""
-        return self.stream(self.encode_chat(messages, tools=tools), sampling, **options)
+        prompt, options = self._fit_chat(messages, sampling, tools, options)
+        return self.stream(prompt, sampling, **options)
 
     async def achat(
         self,
@@ -295,7 +299,7 @@ class ExL2LLM(CacheControl, Scoring):
         **options: Unpack[RequestOptions],
     ) -> GenerationResult:
         """`chat` for a coroutine. Cancelling the task cancels the request."""
-        prompt = await asyncio.to_thread(lambda: self.encode_chat(messages, tools=tools))
+        prompt, options = await asyncio.to_thread(self._fit_chat, messages, sampling, tools, options)
         return await self.agenerate(prompt, sampling, **options)
 
     async def astream_chat(
@@ -307,7 +311,7 @@ class ExL2LLM(CacheControl, Scoring):
         **options: Unpack[RequestOptions],
     ) -> AsyncGenerator[StreamPiece, None]:
         """`stream_chat` for a coroutine: `async for piece in llm.astream_chat(messages)`."""
-        prompt = await asyncio.to_thread(lambda: self.encode_chat(messages, tools=tools))
+        prompt, options = await asyncio.to_thread(self._fit_chat, messages, sampling, tools, options)
         pieces = self.astream(prompt, sampling, **options)
         try:
             async for piece in pieces:
@@ -333,33 +337,6 @@ class ExL2LLM(CacheControl, Scoring):
             ChatTemplateError, RequestError: as for `chat`.
         """
         return encode_chat(self.tokenizer, self._template, messages, tools, add_generation_prompt, **variables)
-
-    # --- LoRA adapters ---------------------------------------------------------------------------------------------
-
-    def load_lora(self, path: str | Path, name: str | None = None) -> LoraInfo:
-        """Load a LoRA adapter, a folder as PEFT writes it; requests then name it with `lora=`.
-
-        Args:
-            name: default: that of the folder. Loading the same adapter again under its name changes nothing.
-
-        Raises:
-            LoraError: the folder cannot be used with this model, or the name is taken.
-            CheckpointError: its tensor file is damaged.
-        """
-        return self._loras.load(Path(path).expanduser(), name)
-
-    def unload_lora(self, name: str) -> None:
-        """Take an adapter away from later requests; those in progress keep it to their end.
-
-        Raises:
-            RequestError: there is none of that name.
-        """
-        self._loras.unload(name)
-
-    @property
-    def loras(self) -> tuple[LoraInfo, ...]:
-        """The loaded adapters."""
-        return self._loras.infos()
 
     # --- end of life -----------------------------------------------------------------------------------------------
 
@@ -409,7 +386,16 @@ class ExL2LLM(CacheControl, Scoring):
         self, token_ids: tuple[int, ...], sampling: SamplingParams | None, **options: Unpack[RequestOptions]
     ) -> Sequence:
         sampling = self._with_negative_ids(sampling or SamplingParams())
-        return self._engine.prepare(GenerationRequest(token_ids, sampling, **options))
+        fields = cast(RequestFields, {name: value for name, value in options.items() if name != "overflow"})
+        limit = self.max_seq_len
+        token_ids, n_dropped = fit_prompt(
+            token_ids,
+            policy=options.get("overflow", "error"),
+            limit=limit,
+            reserve=reserved_tokens(sampling.max_tokens, limit),
+            bos=self.tokenizer.bos_token_id,
+        )
+        return self._engine.prepare(GenerationRequest(token_ids, sampling, dropped_tokens=n_dropped, **fields))
 
     def _with_negative_ids(self, sampling: SamplingParams) -> SamplingParams:
         """The same with its negative prompt, if it has one, as token ids."""
@@ -422,6 +408,22 @@ class ExL2LLM(CacheControl, Scoring):
             ids = self._encode(cast(Prompt, negative))
         return dataclasses.replace(sampling, negative_prompt=ids)
 
+    def _fit_chat(
+        self, messages: Seq[Message], sampling: SamplingParams | None, tools: Tools | None, options: RequestOptions
+    ) -> tuple[list[int], RequestOptions]:
+        """The prompt of a chat, shortened if its policy says so, and the options for what remains to be done."""
+        limit, policy = self.max_seq_len, options.get("overflow", "error")
+        if policy == "error":
+            return self.encode_chat(messages, tools=tools), options
+        fitted = fit_chat(
+            messages,
+            lambda kept: self.encode_chat(kept, tools=tools),
+            policy=policy,
+            limit=limit,
+            reserve=reserved_tokens((sampling or SamplingParams()).max_tokens, limit),
+        )
+        return list(fitted.token_ids), {**options, "overflow": "error", "dropped_messages": fitted.dropped}
+
     def _stream(self, sequence: Sequence) -> Generator[StreamPiece, None, None]:
         yield from self._thread.stream(sequence)  # a frame of our own, so that the engine outlives the stream
 
@@ -433,11 +435,11 @@ class ExL2LLM(CacheControl, Scoring):
         return as_token_ids(prompt)
 
     def _compute(self, sequence: Sequence) -> Usage:
-        return _result(self._thread.run_together([sequence])[0]).usage
+        return joined_result(self._thread.run_together([sequence])[0]).usage
 
     async def _gather(self, sequences: Iterable[Sequence]) -> list[GenerationResult]:
         async def one(sequence: Sequence) -> GenerationResult:
-            return _result([piece async for piece in self._thread.astream(sequence)])
+            return joined_result([piece async for piece in self._thread.astream(sequence)])
 
         tasks = [asyncio.ensure_future(one(sequence)) for sequence in sequences]
         try:
@@ -446,31 +448,3 @@ class ExL2LLM(CacheControl, Scoring):
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _result(pieces: list[StreamPiece]) -> GenerationResult:
-    """The whole of what came in pieces; with several continuations the first, which has the others."""
-    by_index: dict[int, list[StreamPiece]] = {}
-    for piece in pieces:
-        by_index.setdefault(piece.index, []).append(piece)
-    first, *others = [_joined(by_index[index]) for index in sorted(by_index)]
-    return dataclasses.replace(first, alternatives=tuple(others)) if others else first
-
-
-def _joined(pieces: list[StreamPiece]) -> GenerationResult:
-    last = pieces[-1]
-    assert last.finish_reason is not None
-    assert last.usage is not None
-    assert last.timings is not None
-    logprobs = [one for piece in pieces for one in piece.logprobs or ()]
-    return GenerationResult(
-        text="".join(piece.text for piece in pieces),
-        token_ids=tuple(token_id for piece in pieces for token_id in piece.token_ids),
-        finish_reason=last.finish_reason,
-        usage=last.usage,
-        timings=last.timings,
-        index=last.index,
-        logprobs=None if last.logprobs is None else tuple(logprobs),
-        cache_explain=last.cache_explain,
-        speculation=last.speculation,
-    )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from exl2_rag.errors import BannedStringsError, ContextOverflowError, EngineError, Exl2RagError, RequestError
+from exl2_rag.errors import BannedStringsError, EngineError, Exl2RagError, RequestError
 from exl2_rag.llm.cache_explanation import CacheExplanation, explain
 from exl2_rag.llm.cache_report import CacheReport
 from exl2_rag.llm.cached_order import cached_order
@@ -32,6 +32,8 @@ from exl2_rag.llm.page_table import PageTable
 from exl2_rag.llm.page_table_check import check_integrity
 from exl2_rag.llm.prefill_rate import PrefillRate
 from exl2_rag.llm.prefix_trace import trace_prefix
+from exl2_rag.llm.prompt_logprobs import PromptLogprobs
+from exl2_rag.llm.prompt_report import PromptReport, check_prompt, final_report
 from exl2_rag.llm.request import FinishReason, GenerationRequest, SamplingParams, StreamPiece, branch_seed
 from exl2_rag.llm.sampler import DrawnToken, choose
 from exl2_rag.llm.sampler_setup import TokenTexts, next_draw, sampler_state
@@ -187,20 +189,23 @@ class Engine:
             ConstraintError: the constraint cannot be enforced.
         """
         sampling, token_ids = request.sampling, request.token_ids
-        self._check_prompt(token_ids, n_new=1)
+        check_prompt(token_ids, self.config, self._vocab_size, n_new=1)
         healing = self._healing(request)
         if healing is not None:
             token_ids = token_ids[: -healing.n_tokens]
         room = self.config.sequence_limit - len(token_ids)
         if sampling.is_guided:
             negative = negative_ids(sampling, request.token_ids)
-            self._check_prompt(negative, n_new=1)
+            check_prompt(negative, self.config, self._vocab_size, n_new=1)
             room = room_for_two(self.config, token_ids, negative)
         stop_ids = frozenset(sampling.stop_token_ids)
         lora = self._lora_set(request.lora)
         # A constraint allows an end-of-sequence id only where its text is complete; nothing can follow it then.
         if request.constraint is not None or not sampling.ignore_eos:
             stop_ids |= self._eos_token_ids
+        collector = None
+        if request.prompt_logprobs is not None:
+            collector = PromptLogprobs(token_ids, top=request.prompt_logprobs)
         sequence = Sequence(
             token_ids,
             max_new_tokens=room if sampling.max_tokens is None else min(room, sampling.max_tokens),
@@ -222,6 +227,9 @@ class Engine:
             priority=request.priority,
             timeout_s=request.timeout_s,
             sources=source_positions(request.sources),
+            evaluation=None if collector is None else Evaluation(0, collector.receive),
+            prompt_logprobs=collector,
+            prompt_report=PromptReport(request.dropped_messages, request.dropped_tokens),
         )
         if sampling.is_guided:
             accompany(sequence, negative)
@@ -243,7 +251,7 @@ class Engine:
         Raises:
             ContextOverflowError, RequestError: as for `prepare`.
         """
-        self._check_prompt(token_ids, n_new=0)
+        check_prompt(token_ids, self.config, self._vocab_size, n_new=0)
         adapters = self._lora_set(lora)
         return Sequence(
             token_ids,
@@ -327,7 +335,7 @@ class Engine:
         Raises:
             RequestError, ContextOverflowError: as for `prepare`.
         """
-        self._check_prompt(token_ids, n_new=0)
+        check_prompt(token_ids, self.config, self._vocab_size, n_new=0)
         table = self._scheduler.table
         trace = trace_prefix(
             table,
@@ -378,11 +386,11 @@ class Engine:
                 self.tiers.computed(one.sequence)
         to_sample: list[_Ready] = []
         for one, logits in zip(plan.slices, rows, strict=True):
-            if one.sequence.max_new_tokens > 0:
-                if one.reaches_end:
-                    to_sample.append(_Ready(one, logits))
-            elif update := self._advance_prompt(one, logits):
+            last = logits if one.sequence.evaluation is None else logits[-1:]
+            if update := self._advance_prompt(one, logits):
                 updates.append(update)
+            elif one.sequence.max_new_tokens > 0 and one.reaches_end:
+                to_sample.append(_Ready(one, last))
         updates += self._advance_texts(to_sample)
         aside_s = 0.0 if self.tiers is None else self.tiers.take_spent_s()
         elapsed_s = time.perf_counter() - started - aside_s
@@ -468,25 +476,8 @@ class Engine:
             )
         return self._text.healing(request.token_ids)
 
-    def _check_prompt(self, token_ids: tuple[int, ...], *, n_new: int) -> None:
-        if not token_ids:
-            raise RequestError("expected a prompt of at least one token, got none; give some text")
-        wrong = next((one for one in token_ids if not 0 <= one < self._vocab_size), None)
-        if wrong is not None:
-            raise RequestError(f"token ids must be from 0 to {self._vocab_size - 1}, got {wrong}")
-        limit = self.config.sequence_limit
-        if len(token_ids) + n_new > limit:
-            of_what = "max_seq_len" if limit == self.config.max_seq_len else "cache_tokens"
-            room = ", the new token included" if n_new else ""
-            raise ContextOverflowError(
-                f"the prompt has {len(token_ids)} tokens, the limit is {limit} ({of_what}){room}; "
-                f"shorten the prompt or give a larger {of_what}",
-                prompt_tokens=len(token_ids),
-                limit_tokens=limit,
-            )
-
     def _advance_prompt(self, one: Slice, logits: Tensor) -> Update | None:
-        """Hand on the logits of a sequence that only computes its prompt, and end it when that is done."""
+        """Hand on the logits that are asked for; end a sequence that only computes its prompt, when that is done."""
         sequence = one.sequence
         if sequence.evaluation is not None and logits.shape[0]:
             receive, first = sequence.evaluation.receive, one.start + one.n_tokens - logits.shape[0]
@@ -494,6 +485,9 @@ class Engine:
             if error is not None:
                 return self._fail(sequence, error)
         if not one.reaches_end:
+            return None
+        sequence.evaluation = None  # a text that goes on, or comes back after a preemption, needs no row of it again
+        if sequence.max_new_tokens > 0:
             return None
         sequence.mark_progress()
         return self._finish(sequence, "stop")
@@ -567,7 +561,7 @@ class Engine:
         branches = []
         for index in range(1, request.sampling.n):
             sampling = dataclasses.replace(request.sampling, n=1, seed=branch_seed(seed, index))
-            branch = self.prepare(dataclasses.replace(request, sampling=sampling))
+            branch = self.prepare(dataclasses.replace(request, sampling=sampling, prompt_logprobs=None))
             branch.index = index
             branches.append(branch)
         return tuple(branches)
@@ -710,6 +704,7 @@ class Engine:
             logprobs=logprobs,
             cache_explain=self._explanation(sequence),
             speculation=None if self._speculator is None else sequence.speculation.result(),
+            prompt=final_report(sequence, self._text.token_text),
         )
 
     def _explanation(self, sequence: Sequence) -> CacheExplanation | None:

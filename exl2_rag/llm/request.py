@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from exl2_rag.errors import RequestError
 from exl2_rag.llm.logprobs import TokenLogprob
+from exl2_rag.llm.prompt_report import PromptReport
 from exl2_rag.llm.sampling.params import SamplingParams as SamplingParams  # noqa: PLC0414 (callers find it here)
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ class GenerationRequest:
             not given. Pages from there on are erased when the document is purged.
         priority: higher ones are served first; see `exl2_rag.llm.scheduler`.
         timeout_s: seconds it may take in all, waiting included; None is any time.
+        prompt_logprobs: None: none; 0: log-probabilities of the prompt's tokens; k: of the k most likely tokens at each
+            place, too. The whole prompt is then computed, whatever is cached.
+        dropped_messages, dropped_tokens: what was left out of the prompt already; comes back with the result.
 
     Raises:
         RequestError: a value is out of range.
@@ -52,6 +56,9 @@ class GenerationRequest:
     sources: Sources = ()
     priority: int = 0
     timeout_s: float | None = None
+    prompt_logprobs: int | None = None
+    dropped_messages: tuple[int, ...] = ()
+    dropped_tokens: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.priority, int):
@@ -117,6 +124,7 @@ class GenerationResult:
         index: which of the continuations of one prompt it is.
         alternatives: the others, of a request for several; only the first has them.
         cache_explain: what of the prompt came from the cache, and why no more; for the operator, not for tenants.
+        prompt: what became of the prompt.
     """
 
     text: str
@@ -128,6 +136,17 @@ class GenerationResult:
     index: int = 0
     alternatives: tuple[GenerationResult, ...] = ()
     cache_explain: CacheExplanation | None = None
+    prompt: PromptReport = field(default_factory=PromptReport)
+
+    @property
+    def dropped_messages(self) -> tuple[int, ...]:
+        """Places of the messages that the overflow policy left out of the chat."""
+        return self.prompt.dropped_messages
+
+    @property
+    def prompt_logprobs(self) -> tuple[TokenLogprob, ...] | None:
+        """How likely each token of the prompt is, if `prompt_logprobs` asked for it."""
+        return self.prompt.logprobs
 
     @property
     def choices(self) -> tuple[GenerationResult, ...]:
@@ -150,6 +169,7 @@ class StreamPiece:
     Attributes:
         logprobs: one for each of `token_ids`, if they were asked for.
         index: which continuation it belongs to, where a request asked for several; each has a last piece.
+        prompt: what became of the prompt; of the last piece alone, as finish_reason, usage and timings.
     """
 
     text: str
@@ -161,6 +181,7 @@ class StreamPiece:
     index: int = 0
     cache_explain: CacheExplanation | None = None
     speculation: SpeculationUsage | None = None
+    prompt: PromptReport | None = None
 
 
 def branch_seed(seed: int, index: int) -> int:

@@ -22,6 +22,8 @@ from exl2_rag.llm.request import FinishReason, SamplingParams, SpeculationUsage,
 if TYPE_CHECKING:
     from exl2_rag.llm.constraint import ConstraintMatcher
     from exl2_rag.llm.lora.shelf import LoraSet
+    from exl2_rag.llm.prompt_logprobs import PromptLogprobs
+    from exl2_rag.llm.prompt_report import PromptReport
     from exl2_rag.llm.sampling.state import SamplerState
     from exl2_rag.llm.token_healing import Healing
 
@@ -78,6 +80,8 @@ class Sequence:
         cache_root: what its pages hang below (`fingerprint.root_key`); only sequences of one root share pages. None is
             the page table's own root.
         lora: the adapters at work on it.
+        prompt_report: what became of the prompt so far; handed out with the last piece.
+        prompt_logprobs: collects those of the prompt, if they are wanted.
         priority: higher ones come first.
         timeout_s: seconds it may take from now on, waiting included; None is any time.
         index: which of the continuations of one prompt it is.
@@ -101,6 +105,8 @@ class Sequence:
         healing: Healing | None = None,
         cache_root: bytes | None = None,
         lora: LoraSet = (),
+        prompt_report: PromptReport | None = None,
+        prompt_logprobs: PromptLogprobs | None = None,
         priority: int = 0,
         timeout_s: float | None = None,
         index: int = 0,
@@ -122,6 +128,8 @@ class Sequence:
         self.cache_root = cache_root
         self.lora = lora
         self.sources = sources
+        self.prompt_report = prompt_report
+        self.prompt_logprobs = prompt_logprobs
 
         self.priority = priority  # may be raised by the scheduler
         self.timeout_s = timeout_s
