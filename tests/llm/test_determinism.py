@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from exl2_rag import ExL2LLM, SamplingParams, demo
+from exl2_rag.llm.kernels import native, ops
 from exl2_rag.llm.model_runner import ModelRunner, wanted_rows
 from tests.llm.models.test_quantised import _to_gptq
 from tests.support.synthetic import make_model_dir
@@ -178,5 +179,8 @@ def test_the_number_of_threads_changes_no_bit(model_dir: Path, kind: Kind) -> No
     text = words(120, seed=9)
     with engine(model_dir, kind, cache_tokens=256) as llm:
         before = llm.logits(text)
-    with engine(model_dir, kind, cache_tokens=256, num_threads=1) as llm:
-        assert torch.equal(llm.logits(text), before)
+    try:
+        with engine(model_dir, kind, cache_tokens=256, num_threads=1) as llm:
+            assert torch.equal(llm.logits(text), before)
+    finally:  # it holds for the whole process
+        ops.set_num_threads(native.default_num_threads())
