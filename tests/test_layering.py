@@ -34,6 +34,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "exl2_rag.llm.request": (
         *SHARED, "exl2_rag.llm.constraint", "exl2_rag.llm.logprobs", "exl2_rag.llm.sampling.params",
+        "exl2_rag.llm.prompt_report",
     ),
     "exl2_rag.llm.sampling.params": (*SHARED, "exl2_rag.llm.sampling.ranges"),
     "exl2_rag.llm.sampling": (*SHARED, "exl2_rag.llm.sampling", "exl2_rag.llm.logprobs"),
