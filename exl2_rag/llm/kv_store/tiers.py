@@ -273,19 +273,28 @@ class CacheTiers:
         if self.store is None:
             return
         deadline = time.perf_counter() + timeout_s
-        while self._to_save and self.store.is_writing and time.perf_counter() < deadline:
-            self.save_some(others_run=False)
-            if self._to_save and not self.store.has_room:
-                time.sleep(0.005)
+        self._save_all(self.store, deadline)
         self._n_skipped += len(self._to_save)
         self._to_save.clear()
         self.store.close(max(1.0, deadline - time.perf_counter()))
+
+    def flush(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Wait until what is to be written is on the disk, for about `timeout_s` at most."""
+        if self.store is not None:
+            self._save_all(self.store, time.perf_counter() + timeout_s)
+            self.store.flush()
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _attached(self) -> PageTable:
         assert self._table is not None, "attach() comes first"
         return self._table
+
+    def _save_all(self, store: DiskStore, deadline: float) -> None:
+        while self._to_save and store.is_writing and time.perf_counter() < deadline:
+            self.save_some(others_run=False)
+            if self._to_save and not store.has_room:
+                time.sleep(0.005)
 
     def _names(self, sequence: Sequence, start: int, end: int) -> list[PageName]:
         """The names of a sequence's pages from `start` to before `end`; completes its keys as far."""

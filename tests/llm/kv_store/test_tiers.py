@@ -283,7 +283,7 @@ def test_purging_a_source_reaches_cache_host_memory_and_disk(tmp_path) -> None:
         answer(engine, public, sources={"public": 20})
     for seed in range(5, 8):
         answer(engine, text(seed, 61))
-    engine.tiers.store.flush()
+    engine.tiers.flush()
     assert engine.purge("secret") >= 7
     assert answer(engine, public, sources={"public": 20}).usage().cached_tokens >= 48
     assert answer(engine, secret, sources={"secret": 20}).usage().cached_tokens == 20
@@ -344,3 +344,23 @@ def test_a_page_goes_out_layer_by_layer_and_comes_back_bit_for_bit(kind) -> None
         assert torch.equal(part[[0, 1, 3]].view(torch.uint8), before.view(torch.uint8))
     with pytest.raises(ShapeError, match="expected the image of a page"):
         cache.write_page(0, image[:-1])
+
+
+def test_planned_copies_are_carried_out_before_a_restored_page_is_written(tmp_path, monkeypatch) -> None:
+    engine = tiered(tmp_path)
+    warm(engine, text(1))
+    engine.close()
+    engine = tiered(tmp_path)
+    answer(engine, text(2))
+    calls: list[str] = []
+    cache = engine.tiers._images
+    copy_rows, write_page = cache.copy_rows, cache.write_page
+    monkeypatch.setattr(cache, "copy_rows", lambda *args: (calls.append("copy"), copy_rows(*args)))
+    monkeypatch.setattr(cache, "write_page", lambda *args: (calls.append("write"), write_page(*args)))
+    forked = [*text(2)[:38], 1, 2, 3]  # agrees with two rows of a page
+    sequences = [ask(engine, forked), ask(engine, text(1))]
+    outcomes = run(engine, *sequences)
+    assert calls == ["copy", *["write"] * 10]
+    assert outcomes[0].token_ids == expected_tokens(forked, 6)
+    assert outcomes[1].token_ids == expected_tokens(text(1), 6)
+    engine.close()
