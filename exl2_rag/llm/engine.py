@@ -398,6 +398,8 @@ class Engine:
         self._prefill_rate.note(n_prefill, n_decode, elapsed_s)
         if self._speculator is not None:
             self._speculator.note_step(plan.slices, elapsed_s)
+        if self.tiers is not None:
+            self.tiers.rates.prefill_tokens_per_s = self._prefill_rate.tokens_per_s
         return updates
 
     def reset(self) -> None:

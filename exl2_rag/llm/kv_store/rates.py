@@ -30,23 +30,23 @@ class LoadOrRecompute:
     """Compares the disk's measured rate with prefill's.
 
     Attributes:
-        prefill: tokens a second, as the engine computes prompts.
+        prefill_tokens_per_s: as the engine computes prompts, which it says after each step; None until it knows.
         disk: bytes a second, as pages come from the store, checked and copied.
     """
 
     def __init__(self) -> None:
-        self.prefill = Rate()
+        self.prefill_tokens_per_s: float | None = None
         self.disk = Rate()
         self._n_declined = 0
 
     def recompute_s(self, n_tokens: int) -> float:
         """Seconds to compute so many tokens; 0 if that is not known yet."""
-        return self.prefill.seconds(n_tokens) or 0.0
+        return n_tokens / self.prefill_tokens_per_s if self.prefill_tokens_per_s else 0.0
 
     def should_load(self, n_bytes: int, n_tokens: int) -> bool:
         """Whether to load a page from the disk. It is, as long as one of the rates is not known."""
-        load_s, compute_s = self.disk.seconds(n_bytes), self.prefill.seconds(n_tokens)
-        if load_s is None or compute_s is None or load_s < compute_s:
+        load_s, compute_s = self.disk.seconds(n_bytes), self.recompute_s(n_tokens)
+        if load_s is None or compute_s == 0 or load_s < compute_s:
             return True
         self._n_declined += 1
         return self._n_declined % PROBE_EVERY == 0

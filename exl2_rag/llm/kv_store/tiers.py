@@ -32,8 +32,6 @@ LOAD_SLICE_S = 0.02
 """Loading beside running requests takes no longer than this in one step."""
 SAVE_SLICE_S = 0.005
 """Copying pages out for the disk takes no longer than this in a step in which others run."""
-LEAST_MEASURED_TOKENS = 64
-"""Shorter prompts say little about how fast long ones are computed."""
 MAX_SEEN = 65536
 MAX_TO_SAVE = 16384
 CLOSE_TIMEOUT_S = 30.0
@@ -185,11 +183,7 @@ class CacheTiers:
             self._save(sequence, range(again[-1] + 1))
 
     def finished(self, sequence: Sequence) -> None:
-        """The prompt of a sequence is computed and the sequence about to end; its pages are still held."""
-        timings = sequence.timings()
-        n_computed = sequence.n_prompt - (sequence.n_cached_tokens or 0)
-        if n_computed >= LEAST_MEASURED_TOKENS:
-            self.rates.prefill.measured(n_computed, timings.first_token_s - timings.queued_s)
+        """A sequence is about to end, its pages still held; if it was to warm the cache, they go to disk."""
         is_warming = sequence.max_new_tokens == 0 and sequence.evaluation is None
         if is_warming and sequence.held is not None and self.store is not None and self.store.is_writing:
             self._save(sequence, range(len(sequence.held.keys)))
@@ -254,17 +248,17 @@ class CacheTiers:
     def report(self) -> TierReport:
         """What the tiers hold and have done."""
         n_tokens = self._ram_tokens + self._disk_tokens
-        compute_s = self.rates.prefill.seconds(n_tokens)
+        compute_s = self.rates.recompute_s(n_tokens)
         return TierReport(
             ram=None if self.ram is None else self.ram.report(),
             store=None if self.store is None else self.store.report(),
             ram_tokens=self._ram_tokens,
             disk_tokens=self._disk_tokens,
             load_s=self._load_s,
-            saved_s=0.0 if compute_s is None else compute_s - self._load_s,
+            saved_s=compute_s - self._load_s if compute_s else 0.0,
             declined_pages=self._n_declined,
             skipped_saves=self._n_skipped,
-            prefill_tokens_per_s=self.rates.prefill.per_s,
+            prefill_tokens_per_s=self.rates.prefill_tokens_per_s,
             disk_bytes_per_s=self.rates.disk.per_s,
         )
 

@@ -164,7 +164,7 @@ def test_pages_that_load_slower_than_they_compute_are_computed(tmp_path) -> None
     engine.close()
     engine = tiered(tmp_path)
     engine.tiers.rates.disk.measured(1, 10.0)
-    engine.tiers.rates.prefill.measured(1000, 0.001)
+    engine.tiers.rates.prefill_tokens_per_s = 1e6
     sequence = answer(engine, text(1))
     assert sequence.usage().cached_tokens == 0
     assert engine.report().tiers.declined_pages == 10
@@ -175,11 +175,10 @@ def test_a_declined_disk_is_tried_again_now_and_then() -> None:
     rates = LoadOrRecompute()
     assert rates.should_load(100, 32)  # nothing is known
     rates.disk.measured(100, 1.0)
-    rates.prefill.measured(32, 0.5)
+    rates.prefill_tokens_per_s = 64
     tried = [rates.should_load(100, 32) for _ in range(64)]
     assert sum(tried) == 4
-    for _ in range(9):
-        rates.prefill.measured(32, 1000.0)
+    rates.prefill_tokens_per_s = 0.032
     assert rates.should_load(100, 32)
 
 
