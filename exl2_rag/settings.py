@@ -29,6 +29,9 @@ class EngineSettings(_Section):
     precision: Literal["auto", "exact", "fast"] = "auto"
     max_batch_size: int | None = Field(default=None, ge=1)
     num_threads: int | None = Field(default=None, ge=1)
+    kv_store: str | None = None
+    kv_store_bytes: int | None = Field(default=None, ge=1)
+    kv_ram_bytes: int | None = Field(default=None, ge=0)
 
 
 class SamplingSettings(_Section):

@@ -23,13 +23,23 @@ def index(
     folder: Annotated[Path, typer.Argument(help="Folder of documents; its subfolders too.")],
     index: IndexOption = DEFAULT_INDEX,
     settings: SettingsOption = "default",
+    kv_store: Annotated[
+        Path | None,
+        typer.Option(help="Store of KV pages; changed and removed documents are erased from it. [default: settings]"),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Index a folder of documents; run it again after changes, only what changed is read."""
     from exl2_rag.cli.options import make_index
+    from exl2_rag.qa.kv_sources import purge_changed
 
-    with make_index(index, load_settings(settings)) as opened:
+    loaded = load_settings(settings)
+    store = kv_store or (Path(loaded.engine.kv_store) if loaded.engine.kv_store else None)
+    with make_index(index, loaded) as opened:
         report = update_index(opened, folder, quiet=as_json)
+        n_purged = purge_changed(store.expanduser(), opened, report) if store is not None else 0
+    if n_purged and not as_json:
+        out.print(f"{n_purged} pages of changed and removed documents erased from the KV store")
     if as_json:
         print_json(report)
     else:

@@ -32,6 +32,11 @@ class CacheControl(ABC):
     def _compute(self, sequence: Sequence) -> Usage:
         """Run a prepared sequence to its end."""
 
+    @property
+    def keeps_pages(self) -> bool:
+        """Whether pages have a place beyond the KV cache: host memory, or a store on disk."""
+        return self._engine.tiers is not None
+
     def warm(self, prompt: Prompt | Seq[Message], *, cache_salt: str | None = None, lora: Lora | None = None) -> Usage:
         """Compute a prompt, or the beginning of a chat, so that later requests of this salt and these
         adapters find it in the cache.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -41,7 +41,8 @@ from exl2_rag.qa.answer import (
 )
 from exl2_rag.qa.chunk_order import ChunkPopularity, deepest_cached
 from exl2_rag.qa.citations import QuoteMatch, verify_quote
-from exl2_rag.qa.prompt import build_messages, order_chunks
+from exl2_rag.qa.kv_sources import document_positions, kv_source
+from exl2_rag.qa.prompt import build_messages, chunk_block, order_chunks
 from exl2_rag.qa.settings import QASettings
 from exl2_rag.retrieval.document import Chunk, ScoredChunk
 from exl2_rag.retrieval.sentences import split_sentences
@@ -49,6 +50,7 @@ from exl2_rag.retrieval.sentences import split_sentences
 if TYPE_CHECKING:
     from exl2_rag.llm.api import ExL2LLM
     from exl2_rag.llm.constraint import AnswerWithQuotes
+    from exl2_rag.llm.request_options import RequestOptions
     from exl2_rag.retrieval.index import DocumentIndex
     from exl2_rag.retrieval.retriever import Retriever
 
@@ -95,9 +97,7 @@ class DocumentQA:
         prepared = await asyncio.to_thread(self._prepare, question, k)
         result = None
         if prepared.shown:
-            result = await self.llm.agenerate(
-                prepared.token_ids, self._sampling(), constraint=self._constraint(prepared.shown)
-            )
+            result = await self.llm.agenerate(prepared.token_ids, self._sampling(), **self._options(prepared))
         return _raise_on_failure(await asyncio.to_thread(self._finish, prepared, result))
 
     def ask_many(self, questions: Sequence[str], k: int | None = None) -> list[Answer]:
@@ -125,6 +125,21 @@ class DocumentQA:
             with ThreadPoolExecutor(min(len(asked), MAX_CALLS_AT_ONCE), thread_name_prefix="ask-many") as pool:
                 results = dict(zip(map(id, asked), pool.map(self._try_to_generate, asked), strict=True))
         return [self._finish(one, results.get(id(one))) for one in prepared]
+
+    def purge(self, sources: Iterable[str]) -> int:
+        """Erase from the engine's KV store what was made from documents of the index; call it when they leave it.
+
+        Args:
+            sources: as the index names them; they need not be in it any more.
+
+        Returns:
+            How many page images are gone.
+
+        Raises:
+            KVStoreError: another process writes to the store, or the disk fails.
+        """
+        index_id = self.retriever.index.index_id
+        return sum(self.llm.purge(kv_source(index_id, source)) for source in sources)
 
     def _prepare(self, question: str, k: int | None) -> _Prepared:
         started = time.perf_counter()
@@ -200,11 +215,20 @@ class DocumentQA:
             max_text_chars=self.settings.max_text_chars if self.settings.claim_text == "model" else 1,
         )
 
+    def _options(self, prepared: _Prepared) -> RequestOptions:
+        options: RequestOptions = {"constraint": self._constraint(prepared.shown)}
+        if self.llm.keeps_pages:  # where each document begins, for the day when it is purged
+            index = self.retriever.index
+            sources = [kv_source(index.index_id, chunk.source) for chunk in prepared.shown]
+            blocks = [self.llm.tokenizer.encode_blocks([chunk_block(one, index.delimiter)]) for one in prepared.shown]
+            options["sources"] = document_positions(prepared.token_ids, zip(sources, blocks, strict=True))
+        return options
+
     def _sampling(self) -> SamplingParams:
         return SamplingParams(max_tokens=self.settings.max_tokens, temperature=self.settings.temperature)
 
     def _generate(self, prepared: _Prepared) -> GenerationResult:
-        return self.llm.generate(prepared.token_ids, self._sampling(), constraint=self._constraint(prepared.shown))
+        return self.llm.generate(prepared.token_ids, self._sampling(), **self._options(prepared))
 
     def _try_to_generate(self, prepared: _Prepared) -> GenerationResult | Exl2RagError:
         try:

@@ -79,6 +79,12 @@ def question_block(delimiter: str, question: str) -> str:
     return f"<<{delimiter} question>>\n{question}"
 
 
+def chunk_block(chunk: PromptChunk, delimiter: str) -> TextBlock:
+    """A chunk as a token block of a prompt."""
+    title = block_title(chunk.title, chunk.heading)
+    return TextBlock(document_block(delimiter, chunk.label, title, chunk.text), trusted=False)
+
+
 def label_order(label: str) -> tuple[str, int, str]:
     """Sort key of labels: "d9" before "d10"."""
     match = re.fullmatch(r"(.*?)(\d+)", label, re.DOTALL)
@@ -125,6 +131,6 @@ def build_messages(
             raise RetrievalError(
                 f"chunk {chunk.label} holds the index's secret delimiter, which indexing strips; index its source again"
             )
-        blocks.append(TextBlock(document_block(delimiter, chunk.label, title, chunk.text), trusted=False))
+        blocks.append(chunk_block(chunk, delimiter))
     blocks.append(TextBlock(question_block(delimiter, question), trusted=False))
     return [{"role": "system", "content": SYSTEM_TEXT}, {"role": "user", "content": blocks}]

@@ -159,6 +159,11 @@ class DocumentIndex:
             lock.release()
             raise
 
+    @property
+    def index_id(self) -> str:
+        """Names this index among others; made with it, and never changed."""
+        return self._manifest.get("index_id")
+
     def update(self, directory: str | Path, progress: Progress | None = None) -> IndexReport:
         """Make the index mirror the files in `directory`: new and changed files are indexed, vanished ones removed.
 

@@ -89,6 +89,8 @@ class ListedChunks:
 class ScriptedEngine:
     """Says `reply(question)` to every prompt. Tokens are bytes."""
 
+    keeps_pages = False
+
     def __init__(
         self,
         tokenizer: Tokenizer,

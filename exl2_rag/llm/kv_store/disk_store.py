@@ -210,6 +210,16 @@ class DiskStore:
         """
         return self._purge(lambda index: index.tagged(source), f"the pages of {source!r}")
 
+    def purge_all(self, sources: Seq[str]) -> int:
+        """`purge` of several sources at once.
+
+        Raises:
+            KVStoreError: as for `purge`.
+        """
+        return self._purge(
+            lambda index: [key for source in sources for key in index.tagged(source)], f"the pages of {sources!r:.200}"
+        )
+
     def purge_root(self, root_key: bytes) -> int:
         """Erase every page whose chain begins there (a tenant's); returns how many are gone.
 

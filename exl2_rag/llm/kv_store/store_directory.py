@@ -236,14 +236,23 @@ class StoredIdentity:
     is_open: bool
 
 
+def require_directory(directory: Path) -> None:
+    """Refuse what is no directory.
+
+    Raises:
+        KVStoreError: it is none.
+    """
+    if not directory.is_dir():
+        raise KVStoreError(f"there is no directory {directory}; give the one that was given as kv_store")
+
+
 def stored_identities(directory: Path) -> list[StoredIdentity]:
     """What lies in a store's directory. Changes nothing.
 
     Raises:
         KVStoreError: there is no such directory.
     """
-    if not directory.is_dir():
-        raise KVStoreError(f"there is no directory {directory}; give the one that was given as kv_store")
+    require_directory(directory)
     found = []
     for folder in identity_folders(directory):
         n_pages, sources = None, {}
