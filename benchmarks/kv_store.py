@@ -1,6 +1,6 @@
 """Time to the first token of a long prompt: cold, from the KV cache, and from disk after a restart.
 
-    python benchmarks/kv_store.py [--model DIR] [--prefix-tokens N] [--store DIR] [--out FILE]
+    python benchmarks/kv_store.py [--model DIR] [--prefix-tokens N] [--store DIR]
 
 Without a model a random EXL2 model of 8 layers of width 512 is made. One engine computes a prefix and closes; a second
 one, over the same store, is asked about it after the system was told to drop the segments from its page cache. Every
@@ -91,15 +91,11 @@ def main() -> None:
     parser.add_argument("--prefix-tokens", type=int, default=4096)
     parser.add_argument("--store", type=Path, help="an empty directory on the disk to be measured")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.store) as directory:
         model = options.model or random_model(Path(directory))
         result = measure(model, Path(directory) / "store", options.prefix_tokens, options.threads)
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.out is not None:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

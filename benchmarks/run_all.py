@@ -30,6 +30,7 @@ BENCHMARKS: dict[str, list[str]] = {
     "llama_cpp": ["benchmarks/peers/llama_cpp.py", "--peer-python", f"${PEER}"],
     "page_size": ["benchmarks/page_size.py"],
     "prefix_reuse": ["benchmarks/prefix_reuse.py"],
+    "kv_store": ["benchmarks/kv_store.py"],
     "canonical_order": ["benchmarks/canonical_order.py"],
     "retrieval": ["benchmarks/retrieval.py"],
     "ingest": ["benchmarks/ingest.py"],
