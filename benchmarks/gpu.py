@@ -13,6 +13,7 @@ card's caches behind; medians of five.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -35,6 +36,7 @@ from benchmarks.gpu_model import SHAPES, Shape, SpeedModel, random_matrix  # noq
 from exl2_rag.errors import Exl2RagError  # noqa: E402
 from exl2_rag.llm.kernels import cuda_attention, cuda_matmul, cuda_runtime  # noqa: E402
 from exl2_rag.llm.kernels.cuda_backend import Backend  # noqa: E402
+from exl2_rag.llm.kernels.paged_batch import PagedBatch, Scoring  # noqa: E402
 
 GIB = 1 << 30
 REPEATS = 5
@@ -158,29 +160,22 @@ def attention(machine: Machine, batches: tuple[int, ...], context: int, bandwidt
         q = torch.randn((batch, heads, head_dim), device=machine.device).half()
         starts = torch.arange(batch + 1, dtype=torch.int32, device=machine.device)
         lengths = torch.full((batch,), context, dtype=torch.int32, device=machine.device)
-        fixed = (order, starts, lengths)
-
-        def attend(number: int, q: Tensor = q, k: Any = k_pages, v: Any = v_pages, fixed: Any = fixed) -> Tensor:
-            layer = number % len(k)
-            return cuda_attention.paged_attention(
-                machine.backend, q, k[layer], v[layer], *fixed, softmax_scale=head_dim**-0.5
-            )
-
         # The same pages for all sequences: read by each of them, and once for all.
-        same = (order[:1].expand(batch, -1).contiguous(), starts, lengths)
-        group = {
-            "group_starts": torch.tensor([0, batch], dtype=torch.int32, device=machine.device),
-            "group_prefix_pages": torch.tensor([pages_each - 1], dtype=torch.int32, device=machine.device),
-            "max_rest": page_size,
-        }
+        same = PagedBatch(order[:1].expand(batch, -1).contiguous(), starts, lengths)
+        shared = dataclasses.replace(
+            same,
+            group_starts=torch.tensor([0, batch], dtype=torch.int32, device=machine.device),
+            group_prefix_pages=torch.tensor([pages_each - 1], dtype=torch.int32, device=machine.device),
+            max_rest=page_size,
+        )
 
-        def attend_same(number: int, *, q: Tensor = q, k: Any = k_pages, v: Any = v_pages, **options: Any) -> Tensor:
+        def attend(number: int, *, q: Tensor = q, k: Any = k_pages, v: Any = v_pages, batch: PagedBatch) -> Tensor:
             layer = number % len(k)
             return cuda_attention.paged_attention(
-                machine.backend, q, k[layer], v[layer], *options.pop("batch"), softmax_scale=head_dim**-0.5, **options
+                machine.backend, q, k[layer], v[layer], batch, Scoring(head_dim**-0.5)
             )
 
-        seconds = machine.seconds(attend)
+        seconds = machine.seconds(partial(attend, batch=PagedBatch(order, starts, lengths)))
         n_bytes = 2 * 2 * batch * context * kv_heads * head_dim
         results.append(
             {
@@ -189,8 +184,8 @@ def attention(machine: Machine, batches: tuple[int, ...], context: int, bandwidt
                 "microseconds": seconds * 1e6,
                 "gb_s": n_bytes / seconds / 1e9,
                 "bandwidth_share": n_bytes / seconds / bandwidth,
-                "same_pages_microseconds": machine.seconds(partial(attend_same, batch=same)) * 1e6,
-                "shared_microseconds": machine.seconds(partial(attend_same, batch=same, **group)) * 1e6,
+                "same_pages_microseconds": machine.seconds(partial(attend, batch=same)) * 1e6,
+                "shared_microseconds": machine.seconds(partial(attend, batch=shared)) * 1e6,
             }
         )
     return results

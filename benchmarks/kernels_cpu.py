@@ -60,9 +60,8 @@ def attention_seconds(rows: int, context: int) -> float:
     table = torch.arange(n_pages, dtype=torch.int32)[None]
     starts, lens = torch.tensor([0, rows], dtype=torch.int32), torch.tensor([context], dtype=torch.int32)
     q = torch.randn(rows, heads, dim)
-    return best_seconds(
-        lambda: ops.paged_attention(q, pages, pages, table, starts, lens, softmax_scale=0.125), repeats=7
-    )
+    batch, scoring = ops.PagedBatch(table, starts, lens), ops.Scoring(0.125)
+    return best_seconds(lambda: ops.paged_attention(q, pages, pages, batch, scoring), repeats=7)
 
 
 def native_results(copied: float) -> dict[str, dict[str, float]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -84,6 +84,8 @@ class DecodeTapes:
             query_starts=torch.empty_like(inputs.query_starts),
             context_lens=torch.empty_like(inputs.context_lens),
             logit_rows=None,
+            group_starts=torch.empty(size[0] + 1, dtype=torch.int32),
+            group_prefix_pages=torch.empty(size[0], dtype=torch.int32),
         )
         _fill(own, inputs)
         with tape.record() as recording:
@@ -100,10 +102,17 @@ class DecodeTapes:
 
 def _fill(target: ForwardInputs, source: ForwardInputs) -> None:
     """Write one step's inputs over another's. What a page table has beyond its sequence is never read."""
-    for field in fields(ForwardInputs):
-        new, old = getattr(source, field.name), getattr(target, field.name)
-        if old is None:  # the rows whose logits are wanted: all of them
-            continue
-        if field.name == "page_table":
-            old = old[:, : new.shape[1]]
-        old.copy_(new)
+    for name in ("token_ids", "positions", "slot_mapping", "query_starts", "context_lens"):
+        getattr(target, name).copy_(getattr(source, name))
+    target.page_table[:, : source.page_table.shape[1]].copy_(source.page_table)
+    # A tape has as many groups as sequences, the last ones empty; of a step that shares nothing, each is a sequence.
+    assert target.group_starts is not None
+    assert target.group_prefix_pages is not None
+    target.group_prefix_pages.zero_()
+    if source.group_starts is None or source.group_prefix_pages is None:
+        torch.arange(target.group_starts.shape[0], out=target.group_starts)
+        return
+    n_groups = source.group_prefix_pages.shape[0]
+    target.group_starts.fill_(target.group_prefix_pages.shape[0])
+    target.group_starts[: n_groups + 1].copy_(source.group_starts)
+    target.group_prefix_pages[:n_groups].copy_(source.group_prefix_pages)

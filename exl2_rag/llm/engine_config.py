@@ -248,11 +248,6 @@ def _cache_dtype(cache_dtype: str, shape: ModelShape, *, on_card: bool, precisio
         return cache_dtype
     known = ", ".join(f"'{name}'" for name in ("auto", *CACHE_DTYPE_BYTES))
     if cache_dtype in QUANTISED_CACHE_BITS:
-        if not on_card:
-            raise SettingsError(
-                f"cache_dtype={cache_dtype!r}: a quantised KV cache is not available on the CPU in this version; use "
-                f"one of: {known}"
-            )
         if shape.head_dim % QUANT_GROUP:
             raise SettingsError(
                 f"cache_dtype={cache_dtype!r} needs heads of a multiple of {QUANT_GROUP} numbers, those of this model "

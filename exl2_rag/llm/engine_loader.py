@@ -271,7 +271,8 @@ def _runner(
         )
         _give_back_freed_memory()
         cache = make_cache(config, engine_config)
-        return ModelRunner(model, cache, device, DecodeTapes(model, cache, -(-limit // engine_config.page_size)))
+        tapes = DecodeTapes(model, cache, -(-limit // engine_config.page_size))
+        return ModelRunner(model, cache, device, tapes, shares_prefixes=True)
     cuda_runtime.prepare(backend)
     cuda_model = load_cuda_model(
         model_dir,

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from exl2_rag.llm.kernels.paged_batch import PagedBatch
+
 if TYPE_CHECKING:
     from exl2_rag.llm.layers.lora import LoraRows
 
@@ -61,6 +63,13 @@ class ForwardInputs:
     group_prefix_pages: Tensor | None = None
     token_lora: LoraRows | None = None
     logit_lora: LoraRows | None = None
+
+    @property
+    def batch(self) -> PagedBatch:
+        """What attention needs of it."""
+        return PagedBatch(
+            self.page_table, self.query_starts, self.context_lens, self.group_starts, self.group_prefix_pages
+        )
 
     @staticmethod
     def single(token_ids: Tensor, *, start: int, pages: Tensor, page_size: int) -> ForwardInputs:

@@ -8,6 +8,14 @@ import torch
 from torch import Tensor
 
 from exl2_rag.errors import ShapeError
+from exl2_rag.llm.kernels import weight_memory
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A contiguous tensor of zeros; on the CPU in large pages, and taking memory only as it is written to."""
+    if device.type == "cpu":
+        return weight_memory.zeros(shape, dtype)
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 class KVCache:
@@ -32,8 +40,8 @@ class KVCache:
         self.n_pages = n_pages
         shape = (n_pages, page_size, n_kv_heads, head_dim)
         # Zeroed, so that a row read before it was written shows up as zeros, never as another request's data.
-        self.k_pages: list[Tensor] = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
-        self.v_pages: list[Tensor] = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
+        self.k_pages: list[Tensor] = [zeros(shape, dtype, device) for _ in range(n_layers)]
+        self.v_pages: list[Tensor] = [zeros(shape, dtype, device) for _ in range(n_layers)]
 
     def copy_rows(self, source_page: int, target_page: int, n_rows: int) -> None:
         """Copy the first `n_rows` tokens of one page to another, in every layer."""

@@ -1,4 +1,4 @@
-"""The KV cache in quantised pages: 8, 6 or 4 bits a number and a float16 scale for each 32. CUDA kernels read it."""
+"""The KV cache in quantised pages: 8, 6 or 4 bits a number and a float16 scale for each 32, read as they are."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from exl2_rag.llm.kv_cache import KVCache
 
 
 class QuantisedKVCache(KVCache):
-    """As `KVCache`, with quantised pages; only a model that can read those is given one.
+    """As `KVCache`, with quantised pages.
 
     Raises:
         ShapeError: heads of no multiple of 32 numbers.

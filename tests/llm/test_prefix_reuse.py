@@ -6,12 +6,15 @@ import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from exl2_rag import ExL2LLM, SamplingParams
+from exl2_rag.llm import model_runner
 from exl2_rag.llm.cache_report import CacheReport
+from exl2_rag.llm.prefix_groups import PrefixGroups, group_by_prefix
 from exl2_rag.llm.request import GenerationResult
 from tests.support.byte_tokenizer import BOS_ID
 from tests.support.synthetic import make_model_dir
@@ -25,6 +28,8 @@ KINDS = [
     ("exl2", "fp16", "fast"),
     ("qwen2-exl2", "fp32", "fast"),
     ("mistral-window", "fp16", "exact"),
+    ("exl2", "q8", "fast"),
+    ("fp16", "q4", "exact"),
 ]
 
 
@@ -141,3 +146,23 @@ def test_sixteen_sequences_share_one_copy_of_the_full_pages(llm: ExL2LLM, is_war
     assert max(report.running_pages for report in together) <= full_pages + 16 * own_pages
     n_cold = 0 if is_warm else 1
     assert sorted(one.usage.cached_tokens for one in results) == [0] * n_cold + [PREFIX_TOKENS] * (16 - n_cold)
+
+
+@pytest.mark.parametrize("n_questions", [5, 12])
+def test_questions_about_one_document_get_what_each_gets_alone(
+    llm: ExL2LLM, model_dir: Path, options: dict[str, str], n_questions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups: list[PrefixGroups] = []
+
+    def record(*arguments: Any, **options: Any) -> PrefixGroups:
+        groups.append(group_by_prefix(*arguments, **options))
+        return groups[-1]
+
+    monkeypatch.setattr(model_runner, "group_by_prefix", record)
+    document = [BOS_ID, *words(400, seed=3)]
+    prompts = [[*document, n, *words(2 * n, seed=n)] for n in range(n_questions)]
+    llm.warm(document)
+    together = [one.token_ids for one in llm.generate(prompts, GREEDY)]
+    assert any(one.shares and len(one.order) == n_questions for one in groups)
+    assert together[::4] == cold(model_dir, options, prompts[::4])
+    assert [one.token_ids for one in llm.generate(prompts[:3], GREEDY)] == together[:3]  # fewer rows, another tape

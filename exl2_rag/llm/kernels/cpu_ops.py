@@ -10,12 +10,11 @@ import ctypes
 import torch
 from torch import Tensor
 
-from exl2_rag.errors import ShapeError
-from exl2_rag.llm.kernels import reference, status, tape
+from exl2_rag.llm.kernels import status, tape
 from exl2_rag.llm.kernels.weight_memory import WeightMemory
 from exl2_rag.llm.kernels.weights import CHUNK_ROWS, TILE_COLUMNS
 
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _FIELD_TYPES = {"*": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float}
 
 
@@ -48,14 +47,9 @@ _RopeCacheWrite = structure(
     "*:q *:k *:v *:cos *:sin *:positions *:slots l:rows l:heads l:kv_heads l:dim l:n_positions l:half l:n_slots "
     "*:k_pages *:v_pages i:dtype *:q_rotated",
 )
-_PagedAttention = structure(
-    "PagedAttention",
-    "*:q *:k_pages *:v_pages i:dtype *:page_table *:query_starts *:context_lens l:rows l:heads l:kv_heads l:dim "
-    "l:n_pages l:page_size l:batch l:table_width f:softmax_scale l:window *:y",
-)
 
 
-def _at(tensor: Tensor) -> int:
+def at(tensor: Tensor) -> int:
     """Where a tensor's numbers are. A tape that is being recorded keeps them there."""
     recording = tape.current()
     if recording is not None:
@@ -63,11 +57,17 @@ def _at(tensor: Tensor) -> int:
     return tensor.data_ptr()
 
 
-def _at_or_null(tensor: Tensor | None) -> int | None:
-    return None if tensor is None or tensor.numel() == 0 else _at(tensor)
+def at_or_null(tensor: Tensor | None) -> int | None:
+    """The same; null for a tensor that is missing or empty."""
+    return None if tensor is None or tensor.numel() == 0 else at(tensor)
 
 
-def _call(library: ctypes.CDLL, name: str, arguments: ctypes.Structure) -> None:
+def call(library: ctypes.CDLL, name: str, arguments: ctypes.Structure) -> None:
+    """Run the op `name`; a tape that is being recorded keeps the call.
+
+    Raises:
+        KernelError, ShapeError: see `status.check`.
+    """
     recording = tape.current()
     if recording is not None:
         recording.append(name, arguments)
@@ -84,20 +84,20 @@ def exl2_matmul(
     y = torch.empty((rows, out_features), dtype=torch.float32)
     if rows:
         arguments = _Exl2Matmul(
-            _at(x),
+            at(x),
             rows,
             x.shape[1],
             out_features,
-            _at(codes),
+            at(codes),
             codes.shape[1],
-            _at(scales),
-            _at(group_scales),
-            _at(groups),
+            at(scales),
+            at(group_scales),
+            at(groups),
             groups.shape[0],
-            _at_or_null(perm),
-            _at(y),
+            at_or_null(perm),
+            at(y),
         )
-        _call(library, "exl2_matmul", arguments)
+        call(library, "exl2_matmul", arguments)
     return y
 
 
@@ -110,18 +110,18 @@ def gptq_matmul(
     y = torch.empty((rows, out_features), dtype=torch.float32)
     if rows:
         arguments = _GptqMatmul(
-            _at(x),
+            at(x),
             rows,
             x.shape[1],
             out_features,
-            _at(codes),
-            _at(scales),
-            _at(zeros),
-            _at(row_groups),
+            at(codes),
+            at(scales),
+            at(zeros),
+            at(row_groups),
             scales.shape[1],
-            _at(y),
+            at(y),
         )
-        _call(library, "gptq_matmul", arguments)
+        call(library, "gptq_matmul", arguments)
     return y
 
 
@@ -133,17 +133,17 @@ def dense_matmul(
     rows, (out_features, in_features) = x.shape[0], weight.shape
     if rows and out_features:
         arguments = _DenseMatmul(
-            _at(x),
+            at(x),
             rows,
             in_features,
             out_features,
-            _at(weight),
-            _DTYPES[weight.dtype],
-            _at_or_null(bias),
+            at(weight),
+            DTYPES[weight.dtype],
+            at_or_null(bias),
             int(accumulate),
-            _at(y),
+            at(y),
         )
-        _call(library, "dense_matmul", arguments)
+        call(library, "dense_matmul", arguments)
 
 
 def exl2_planes(
@@ -155,9 +155,9 @@ def exl2_planes(
     planes = memory.empty((out_features // TILE_COLUMNS, packed_rows, 4 * TILE_COLUMNS))
     scales = memory.empty((out_features // TILE_COLUMNS, n_groups, TILE_COLUMNS // 2))
     arguments = _Exl2Planes(
-        _at(q_weight), packed_rows, out_features, _at(groups), n_groups, _at(q_scale), _at(planes), _at(scales)
+        at(q_weight), packed_rows, out_features, at(groups), n_groups, at(q_scale), at(planes), at(scales)
     )
-    _call(library, "exl2_planes", arguments)
+    call(library, "exl2_planes", arguments)
     return planes, scales
 
 
@@ -166,8 +166,8 @@ def gptq_planes(library: ctypes.CDLL, qweight: Tensor, perm: Tensor, memory: Wei
     packed_rows, out_features = qweight.shape
     qweight = qweight.contiguous()
     planes = memory.empty((out_features // TILE_COLUMNS, packed_rows, 4 * TILE_COLUMNS))
-    arguments = _GptqPlanes(_at(qweight), packed_rows * 8, out_features, _at_or_null(perm), _at(planes))
-    _call(library, "gptq_planes", arguments)
+    arguments = _GptqPlanes(at(qweight), packed_rows * 8, out_features, at_or_null(perm), at(planes))
+    call(library, "gptq_planes", arguments)
     return planes
 
 
@@ -180,8 +180,8 @@ def digits(library: ctypes.CDLL, x: Tensor, perm: Tensor) -> tuple[Tensor, Tenso
     scales = torch.empty((rows, chunks), dtype=torch.float32)
     sums = torch.empty((rows, chunks), dtype=torch.int32)
     if rows:
-        arguments = _Digits(_at(x), rows, in_features, _at_or_null(perm), _at(numbers), _at(scales), _at(sums))
-        _call(library, "digits", arguments)
+        arguments = _Digits(at(x), rows, in_features, at_or_null(perm), at(numbers), at(scales), at(sums))
+        call(library, "digits", arguments)
     return numbers, scales, sums
 
 
@@ -203,24 +203,24 @@ def plane_matmul(
     rows, out_features = y.shape
     if rows:
         arguments = _PlaneMatmul(
-            _at(digits),
-            _at(x_scales),
-            _at(sums),
+            at(digits),
+            at(x_scales),
+            at(sums),
             rows,
             digits.shape[1] * CHUNK_ROWS,
             out_features,
-            _at(planes),
+            at(planes),
             planes.shape[1],
-            _at(scales),
-            _at_or_null(group_scales),
-            _at_or_null(zeros),
-            _at(groups),
+            at(scales),
+            at_or_null(group_scales),
+            at_or_null(zeros),
+            at(groups),
             groups.shape[0],
-            _at_or_null(bias),
+            at_or_null(bias),
             int(accumulate),
-            _at(y),
+            at(y),
         )
-        _call(library, "plane_matmul", arguments)
+        call(library, "plane_matmul", arguments)
 
 
 def embedding(library: ctypes.CDLL, table: Tensor, token_ids: Tensor) -> Tensor:
@@ -228,16 +228,16 @@ def embedding(library: ctypes.CDLL, table: Tensor, token_ids: Tensor) -> Tensor:
     token_ids = token_ids.contiguous()
     y = torch.empty((token_ids.shape[0], table.shape[1]), dtype=torch.float32)
     arguments = _Embedding(
-        _at(table), _DTYPES[table.dtype], table.shape[0], table.shape[1], _at(token_ids), token_ids.shape[0], _at(y)
+        at(table), DTYPES[table.dtype], table.shape[0], table.shape[1], at(token_ids), token_ids.shape[0], at(y)
     )
-    _call(library, "embedding", arguments)
+    call(library, "embedding", arguments)
     return y
 
 
 def add_into(library: ctypes.CDLL, y: Tensor, x: Tensor) -> None:
     """See `ops.add_into`."""
     x = x.contiguous()
-    _call(library, "add_into", _AddInto(_at(x), x.numel(), _at(y)))
+    call(library, "add_into", _AddInto(at(x), x.numel(), at(y)))
 
 
 def rms_norm(library: ctypes.CDLL, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -245,8 +245,8 @@ def rms_norm(library: ctypes.CDLL, x: Tensor, weight: Tensor, eps: float) -> Ten
     x, weight = x.contiguous(), weight.contiguous()
     y = torch.empty_like(x)
     if x.numel():
-        arguments = _RmsNorm(_at(x), _at(weight), x.shape[0], x.shape[1], eps, _at(y))
-        _call(library, "rms_norm", arguments)
+        arguments = _RmsNorm(at(x), at(weight), x.shape[0], x.shape[1], eps, at(y))
+        call(library, "rms_norm", arguments)
     return y
 
 
@@ -255,7 +255,7 @@ def silu_mul(library: ctypes.CDLL, gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     y = torch.empty_like(gate)
     if gate.numel():
-        _call(library, "silu_mul", _SiluMul(_at(gate), _at(up), gate.numel(), _at(y)))
+        call(library, "silu_mul", _SiluMul(at(gate), at(up), gate.numel(), at(y)))
     return y
 
 
@@ -263,7 +263,7 @@ def silu_mul_into(library: ctypes.CDLL, gate: Tensor, up: Tensor) -> None:
     """See `ops.silu_mul_into`."""
     up = up.contiguous()
     if gate.numel():
-        _call(library, "silu_mul", _SiluMul(_at(gate), _at(up), gate.numel(), _at(gate)))
+        call(library, "silu_mul", _SiluMul(at(gate), at(up), gate.numel(), at(gate)))
 
 
 def rope_cache_write(
@@ -286,13 +286,13 @@ def rope_cache_write(
     n_pages, page_size, kv_heads, _ = k_pages.shape
     if rows:
         arguments = _RopeCacheWrite(
-            _at(q),
-            _at(k),
-            _at(v),
-            _at(cos),
-            _at(sin),
-            _at(positions),
-            _at(slot_mapping),
+            at(q),
+            at(k),
+            at(v),
+            at(cos),
+            at(sin),
+            at(positions),
+            at(slot_mapping),
             rows,
             heads,
             kv_heads,
@@ -300,58 +300,10 @@ def rope_cache_write(
             cos.shape[0],
             cos.shape[1],
             n_pages * page_size,
-            _at(k_pages),
-            _at(v_pages),
-            _DTYPES[k_pages.dtype],
-            _at(rotated),
+            at(k_pages),
+            at(v_pages),
+            DTYPES[k_pages.dtype],
+            at(rotated),
         )
-        _call(library, "rope_cache_write", arguments)
+        call(library, "rope_cache_write", arguments)
     return rotated
-
-
-def paged_attention(
-    library: ctypes.CDLL,
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_table: Tensor,
-    query_starts: Tensor,
-    context_lens: Tensor,
-    softmax_scale: float,
-    sliding_window: int,
-) -> Tensor:
-    """See `ops.paged_attention`."""
-    q, page_table = q.contiguous(), page_table.contiguous()
-    query_starts, context_lens = query_starts.contiguous(), context_lens.contiguous()
-    rows, heads, dim = q.shape
-    n_pages, page_size, kv_heads, _ = k_pages.shape
-    y = torch.empty_like(q)
-    arguments = _PagedAttention(
-        _at(q),
-        _at(k_pages),
-        _at(v_pages),
-        _DTYPES[k_pages.dtype],
-        _at(page_table),
-        _at(query_starts),
-        _at(context_lens),
-        rows,
-        heads,
-        kv_heads,
-        dim,
-        n_pages,
-        page_size,
-        context_lens.shape[0],
-        page_table.shape[1],
-        softmax_scale,
-        sliding_window,
-        _at(y),
-    )
-    try:
-        _call(library, "paged_attention", arguments)
-    except ShapeError:
-        # The reference names the sequence at fault.
-        reference.check_batch(
-            query_starts.tolist(), context_lens.tolist(), n_rows=rows, limit_tokens=page_table.shape[1] * page_size
-        )
-        raise
-    return y

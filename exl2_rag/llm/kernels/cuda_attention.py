@@ -17,8 +17,7 @@ from torch import Tensor
 from exl2_rag.errors import KernelError, ShapeError
 from exl2_rag.llm.kernels.cuda_backend import F32, I32, I64, WARP_THREADS, Argument, Backend, ceil_div
 from exl2_rag.llm.kernels.kv_format import QuantisedPages, rotation_block, rotation_factor
-
-Pages = Tensor | QuantisedPages
+from exl2_rag.llm.kernels.paged_batch import PagedBatch, Pages, Scoring
 
 SPLIT_KEYS: Final = 256  # kSplitKeys of attention_batch.cuh
 MAX_HEAD_DIM: Final = 256
@@ -100,57 +99,42 @@ def _max_splits(keys: int) -> int:
 
 
 def paged_attention(
-    backend: Backend,
-    q: Tensor,
-    k_pages: Pages,
-    v_pages: Pages,
-    page_table: Tensor,
-    query_starts: Tensor,
-    context_lens: Tensor,
-    *,
-    softmax_scale: float,
-    sliding_window: int = 0,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    group_starts: Tensor | None = None,
-    group_prefix_pages: Tensor | None = None,
-    max_context: int = 0,
-    max_rest: int = 0,
+    backend: Backend, q: Tensor, k_pages: Pages, v_pages: Pages, batch: PagedBatch, scoring: Scoring
 ) -> Tensor:
-    """See `ops.paged_attention` and `ops.paged_attention_shared`.
+    """See `ops.paged_attention`. The rows of `batch.page_table` may be apart, so that a wide table can be cut.
 
-    Args:
-        page_table: rows may be apart, so that a wide table can be cut to the columns in use.
-        max_context: a bound of the context lengths; 0: what the page table can hold.
-        max_rest: a bound of the keys of a sequence beyond its shared pages; 0: none known.
+    Pages and lengths are not checked: that would wait for the card.
 
     Raises:
         ShapeError: heads of more than 256 numbers or no multiple of 8, or pages of no multiple of 16 tokens.
         KernelError: bfloat16 pages on a card that has none, or more pages than a kernel can address.
     """
+    page_table, query_starts, context_lens = batch.page_table, batch.query_starts, batch.context_lens
+    group_starts, group_prefix_pages = batch.group_starts, batch.group_prefix_pages
+    sliding_window, softcap = scoring.sliding_window, scoring.softcap
     rows, heads, head_dim = q.shape
     q = q if q.is_contiguous() and q.data_ptr() % 16 == 0 else q.clone(memory_format=torch.contiguous_format)
     result = torch.empty_like(q)
     k, v, k_scales, v_scales = _parts(k_pages, v_pages)
     page_size, kv_heads = k.shape[1], k.shape[2]
     kernel = _choose_kernel(backend, q, k_pages)
-    batch = context_lens.shape[0]
+    n_sequences = context_lens.shape[0]
     if rows == 0:
         return result
 
     repeats = heads // kv_heads
     limit = page_table.shape[1] * page_size
-    n_splits = ceil_div(max(1, min(max_context, limit) if max_context else limit), SPLIT_KEYS)
+    n_splits = ceil_div(max(1, min(batch.max_context, limit) if batch.max_context else limit), SPLIT_KEYS)
     n_slots = min(n_splits, _max_splits(sliding_window)) if sliding_window else n_splits
     rows_of_tile = min(rows, kernel.tile_lines // repeats + 2)
     grid_splits = min(n_splits, _max_splits(sliding_window + rows_of_tile)) if sliding_window else n_splits
-    n_tiles = min(rows * repeats // kernel.tile_lines + batch, rows * ceil_div(repeats, kernel.tile_lines))
+    n_tiles = min(rows * repeats // kernel.tile_lines + n_sequences, rows * ceil_div(repeats, kernel.tile_lines))
 
     entry_bytes = 4 * (head_dim + 2)
     fills_card = n_tiles * kv_heads >= backend.multiprocessors
     workspace_limit = _WORKSPACE_BYTES if fills_card else _LARGE_WORKSPACE_BYTES
-    loops = rows > batch and rows * heads * n_slots * entry_bytes > workspace_limit
-    entries = batch * kv_heads * kernel.loop_above if loops else rows * heads
+    loops = rows > n_sequences and rows * heads * n_slots * entry_bytes > workspace_limit
+    entries = n_sequences * kv_heads * kernel.loop_above if loops else rows * heads
     outputs, sums = _workspace(max(1, entries * n_slots), head_dim, q.device)
     total_outputs, total_sums = _workspace(rows * heads, head_dim, q.device) if loops else (None, None)
     queries = q if kernel.terms is None else _terms(backend, q, kernel.terms)
@@ -176,7 +160,7 @@ def paged_attention(
                     group_prefix_pages,
                 ),
                 *ends,
-                I32(batch),
+                I32(n_sequences),
                 I32(0 if group_prefix_pages is None else group_prefix_pages.shape[0]),
                 I32(page_size),
                 I32(page_table.stride(0)),
@@ -187,7 +171,7 @@ def paged_attention(
                 I32(n_slots),
                 I32(kernel.loop_above),
                 I32(which),
-                F32(softmax_scale * (1.0 if softcap else _LOG2_E)),
+                F32(scoring.softmax_scale * (1.0 if softcap else _LOG2_E)),
                 F32(softcap),
             ),
             shared_bytes=kernel.shared_bytes,
@@ -200,7 +184,7 @@ def paged_attention(
         group_tiles = min(rows * repeats // kernel.tile_lines + n_groups, rows * ceil_div(repeats, kernel.tile_lines))
         attend(_PASS_PREFIX, n_splits, group_tiles)
         # Up to a split of the shared pages is left over beside the rest.
-        rest = min(grid_splits, _max_splits(max_rest + SPLIT_KEYS)) if max_rest else grid_splits
+        rest = min(grid_splits, _max_splits(batch.max_rest + SPLIT_KEYS)) if batch.max_rest else grid_splits
         attend(_PASS_REST, rest, n_tiles)
 
     is_quantised = isinstance(k_pages, QuantisedPages)
@@ -213,9 +197,9 @@ def paged_attention(
             *ends,
             query_starts,
             context_lens,
-            sinks,
+            scoring.sinks,
             result,
-            I32(batch),
+            I32(n_sequences),
             I32(heads),
             I32(kv_heads),
             I32(head_dim),

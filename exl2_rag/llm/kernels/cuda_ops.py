@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from exl2_rag.errors import DeviceError
-from exl2_rag.llm.kernels import cuda_attention, cuda_dense, cuda_runtime, cuda_small_ops
+from exl2_rag.llm.kernels import cuda_dense, cuda_runtime, cuda_small_ops
 
 
 def dense_matmul(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, accumulate: bool) -> None:
@@ -64,30 +64,6 @@ def rope_cache_write(
     return cuda_small_ops.rope_cache_write(backend, q, k, v, cos, sin, positions, slot_mapping, k_pages, v_pages)
 
 
-def paged_attention(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_table: Tensor,
-    query_starts: Tensor,
-    context_lens: Tensor,
-    softmax_scale: float,
-    sliding_window: int,
-) -> Tensor:
-    """See `ops.paged_attention`. Pages and lengths are not checked: that would wait for the card."""
-    return cuda_attention.paged_attention(
-        cuda_runtime.backend(q.device),
-        q,
-        k_pages,
-        v_pages,
-        page_table,
-        query_starts,
-        context_lens,
-        softmax_scale=softmax_scale,
-        sliding_window=sliding_window,
-    )
-
-
 def _refuse(name: str) -> Any:
     def refuse(*_arguments: object) -> NoReturn:
         raise DeviceError(
@@ -110,6 +86,5 @@ def register(library: Any) -> None:
         silu_mul,
         silu_mul_into,
         rope_cache_write,
-        paged_attention,
     ):
         library.impl(function.__name__, function, "CUDA")

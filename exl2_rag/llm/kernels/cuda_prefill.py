@@ -26,8 +26,7 @@ from torch.nn.attention.bias import causal_lower_right
 from exl2_rag.llm.kernels import cuda_attention, kv_format
 from exl2_rag.llm.kernels.cuda_backend import Backend, ceil_div
 from exl2_rag.llm.kernels.kv_format import QuantisedPages
-
-Pages = Tensor | QuantisedPages
+from exl2_rag.llm.kernels.paged_batch import PagedBatch, Pages, Scoring
 
 MIN_ROWS: Final = 256
 """New rows of a sequence from which on library attention takes it."""
@@ -43,26 +42,21 @@ def paged_attention(
     q: Tensor,
     k_pages: Pages,
     v_pages: Pages,
-    page_table: Tensor,
-    query_starts: Tensor,
-    context_lens: Tensor,
+    batch: PagedBatch,
+    scoring: Scoring,
     *,
     host_starts: Sequence[int],
     host_contexts: Sequence[int],
-    softmax_scale: float,
-    sliding_window: int = 0,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
     min_rows: int = MIN_ROWS,
 ) -> Tensor:
-    """As `cuda_attention.paged_attention`; see there for the other arguments.
+    """As `cuda_attention.paged_attention`, without groups.
 
     Args:
-        host_starts, host_contexts: the contents of `query_starts` and `context_lens`.
+        host_starts, host_contexts: the contents of the batch's `query_starts` and `context_lens`.
         min_rows: new rows of a sequence from which on library attention takes it.
     """
-    options: dict[str, Any] = {"sliding_window": sliding_window, "softcap": softcap, "sinks": sinks}
-    has_library = sinks is None and _suits_library(q, k_pages, sliding_window, softcap)
+    page_table, query_starts, context_lens = batch.page_table, batch.query_starts, batch.context_lens
+    has_library = scoring.sinks is None and _suits_library(q, k_pages, scoring)
 
     def is_long(sequence: int) -> bool:
         return has_library and host_starts[sequence + 1] - host_starts[sequence] >= min_rows
@@ -73,51 +67,38 @@ def paged_attention(
         first, last = sequences[0], sequences[-1] + 1
         rows = q[host_starts[first] : host_starts[last]]
         starts, contexts = host_starts[first : last + 1], host_contexts[first:last]
+
+        def part(own_starts: Tensor, first: int = first, last: int = last, longest: int = max(contexts)) -> PagedBatch:
+            return PagedBatch(page_table[first:last], own_starts, context_lens[first:last], max_context=longest)
+
         if long and _suits_flash(q, k_pages):
             outputs.append(
                 _by_flash(
                     rows,
                     k_pages,
                     v_pages,
-                    page_table[first:last],
-                    query_starts[first : last + 1] - starts[0],
-                    context_lens[first:last],
+                    part(query_starts[first : last + 1] - starts[0]),
+                    scoring,
                     max_rows=max(end - start for start, end in pairwise(starts)),
-                    max_context=max(contexts),
-                    softmax_scale=softmax_scale,
-                    sliding_window=sliding_window,
-                    softcap=softcap,
                 )
             )
         elif long:
             for sequence, context in zip(sequences, contexts, strict=True):
                 one = q[host_starts[sequence] : host_starts[sequence + 1]]
-                outputs.append(_by_torch(one, k_pages, v_pages, page_table[sequence], context, softmax_scale))
+                outputs.append(_by_torch(one, k_pages, v_pages, page_table[sequence], context, scoring.softmax_scale))
         else:
             everything = len(sequences) == len(host_contexts)
-            outputs.append(
-                cuda_attention.paged_attention(
-                    backend,
-                    rows,
-                    k_pages,
-                    v_pages,
-                    page_table[first:last],
-                    query_starts if everything else query_starts[first : last + 1] - starts[0],
-                    context_lens[first:last],
-                    softmax_scale=softmax_scale,
-                    max_context=max(contexts),
-                    **options,
-                )
-            )
+            whole = part(query_starts if everything else query_starts[first : last + 1] - starts[0])
+            outputs.append(cuda_attention.paged_attention(backend, rows, k_pages, v_pages, whole, scoring))
     return outputs[0] if len(outputs) == 1 else torch.cat([q[:0], *outputs])
 
 
-def _suits_library(q: Tensor, k_pages: Pages, sliding_window: int, softcap: float) -> bool:
+def _suits_library(q: Tensor, k_pages: Pages, scoring: Scoring) -> bool:
     """Whether torch or flash-attn can take long sequences; what torch lacks, flash-attn may have."""
     stored = torch.float16 if isinstance(k_pages, QuantisedPages) else k_pages.dtype
     if stored != q.dtype:
         return False
-    return (sliding_window == 0 and softcap == 0) or _suits_flash(q, k_pages)
+    return (scoring.sliding_window == 0 and scoring.softcap == 0) or _suits_flash(q, k_pages)
 
 
 def _suits_flash(q: Tensor, k_pages: Pages) -> bool:
@@ -139,34 +120,23 @@ def _flash_attn() -> Any:
 
 
 def _by_flash(
-    q: Tensor,
-    k_pages: Pages,
-    v_pages: Pages,
-    page_table: Tensor,
-    query_starts: Tensor,
-    context_lens: Tensor,
-    *,
-    max_rows: int,
-    max_context: int,
-    softmax_scale: float,
-    sliding_window: int,
-    softcap: float,
+    q: Tensor, k_pages: Pages, v_pages: Pages, batch: PagedBatch, scoring: Scoring, *, max_rows: int
 ) -> Tensor:
     """[T, H, D] of a batch, causal with the last row at the last key."""
-    key_starts = F.pad(context_lens.cumsum(0, dtype=torch.int32), (1, 0))
+    window = scoring.sliding_window
     result: Tensor = _flash_attn().flash_attn_varlen_func(
         q,
         k_pages,
         v_pages,
-        query_starts,
-        key_starts,
+        batch.query_starts,
+        F.pad(batch.context_lens.cumsum(0, dtype=torch.int32), (1, 0)),
         max_rows,
-        max_context,
-        softmax_scale=softmax_scale,
+        batch.max_context,
+        softmax_scale=scoring.softmax_scale,
         causal=True,
-        window_size=(sliding_window - 1 if sliding_window else -1, 0 if sliding_window else -1),
-        softcap=softcap,
-        block_table=page_table.clamp(min=0).contiguous(),
+        window_size=(window - 1 if window else -1, 0 if window else -1),
+        softcap=scoring.softcap,
+        block_table=batch.page_table.clamp(min=0).contiguous(),
     )
     return result
 

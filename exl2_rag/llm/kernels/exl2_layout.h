@@ -41,7 +41,7 @@
 
 namespace exl2 {
 
-constexpr int kAbiVersion = 2;  // raised when a function of the C interface changes
+constexpr int kAbiVersion = 3;  // raised when a function of the C interface changes
 
 constexpr int kTileColumns = 32;
 constexpr int kChunkRows = 32;

@@ -20,10 +20,12 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from exl2_rag.errors import DTypeError, ShapeError
+from exl2_rag.llm.kernels import weight_memory
 
 QUANT_GROUP: Final = 32
 """Numbers that share a scale."""
@@ -50,7 +52,7 @@ class QuantisedPages:
     def zeros(
         n_pages: int, page_size: int, n_kv_heads: int, head_dim: int, *, bits: int, device: torch.device
     ) -> QuantisedPages:
-        """Pages whose every number is 0.
+        """Pages whose every number is 0; on the CPU they take memory only as they are written to.
 
         Raises:
             ShapeError: `bits` is not 4, 6 or 8, or `head_dim` no multiple of 32.
@@ -61,9 +63,14 @@ class QuantisedPages:
                 f"{bits} bits and {head_dim} numbers; use float16 pages for other models"
             )
         shape = (n_pages, page_size, n_kv_heads)
+        code_shape, scale_shape = (*shape, head_dim * bits // 8), (*shape, head_dim // QUANT_GROUP)
+        if device.type == "cpu":
+            return QuantisedPages(
+                weight_memory.zeros(code_shape, torch.uint8), weight_memory.zeros(scale_shape, torch.float16)
+            )
         return QuantisedPages(
-            torch.zeros((*shape, head_dim * bits // 8), dtype=torch.uint8, device=device),
-            torch.zeros((*shape, head_dim // QUANT_GROUP), dtype=torch.float16, device=device),
+            torch.zeros(code_shape, dtype=torch.uint8, device=device),
+            torch.zeros(scale_shape, dtype=torch.float16, device=device),
         )
 
     @property
@@ -108,7 +115,7 @@ def rotation_block(head_dim: int) -> int:
 
 def rotation_factor(head_dim: int) -> float:
     """1 / sqrt(block), rounded to float32."""
-    return float(torch.tensor(1.0 / math.sqrt(rotation_block(head_dim)), dtype=torch.float32))
+    return float(np.float32(1.0 / math.sqrt(rotation_block(head_dim))))
 
 
 def rotate(x: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ _LEVEL_SOURCES = (
     "activation",
     "embedding",
     "rotary",
+    "kv_write",
     "attention",
     "quantise",
 )

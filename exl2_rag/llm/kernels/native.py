@@ -28,7 +28,7 @@ from exl2_rag.llm.kernels.library_build import BuildError
 if TYPE_CHECKING:
     from torch import Tensor
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 PACKAGED_LIBRARY = Path(__file__).resolve().parent / "libexl2_cpu.so"
 
 _logger = logging.getLogger(__name__)

@@ -19,12 +19,7 @@ from torch import Tensor
 
 from exl2_rag.errors import DTypeError, ShapeError
 from exl2_rag.llm.kernels import reference, registry
-from exl2_rag.llm.kernels.attention_ops import (
-    paged_attention_quantised,
-    paged_attention_shared,
-    quantise_kv_write,
-    sample,
-)
+from exl2_rag.llm.kernels.attention_ops import paged_attention, quantise_kv_write, sample
 from exl2_rag.llm.kernels.checks import (
     FLOATS,
     check_activations,
@@ -36,6 +31,7 @@ from exl2_rag.llm.kernels.checks import (
 )
 from exl2_rag.llm.kernels.kv_format import QuantisedPages
 from exl2_rag.llm.kernels.native import native_available, read_memory, set_num_threads
+from exl2_rag.llm.kernels.paged_batch import PagedBatch, Scoring, check_plain_pages
 from exl2_rag.llm.kernels.plane_ops import (
     add_into,
     digits,
@@ -54,9 +50,11 @@ __all__ = [
     "Digits",
     "Exl2Weights",
     "GptqWeights",
+    "PagedBatch",
     "PlaneWeights",
     "QuantisedPages",
     "RowSampling",
+    "Scoring",
     "Tolerance",
     "WeightMemory",
     "add_into",
@@ -71,8 +69,6 @@ __all__ = [
     "gptq_prepare_planes",
     "native_available",
     "paged_attention",
-    "paged_attention_quantised",
-    "paged_attention_shared",
     "plane_matmul",
     "quantise_kv_write",
     "read_memory",
@@ -107,6 +103,7 @@ TOLERANCES: Final[dict[str, Tolerance]] = {
     "silu_mul_into": Tolerance(2e-6, 2e-6),
     "rope_cache_write": Tolerance(1e-6, 1e-6),
     "paged_attention": Tolerance(5e-6, 5e-6),
+    "quantise_kv_write": Tolerance(0, 0),  # of codes and scales; queries as "rope_cache_write"
 }
 
 HALF_TOLERANCES: Final[dict[str, Tolerance]] = {
@@ -304,19 +301,6 @@ def silu_mul_into(gate: Tensor, up: Tensor) -> Tensor:
     return gate
 
 
-def _check_pages(op: str, k_pages: Tensor, v_pages: Tensor) -> None:
-    if k_pages.dtype not in FLOATS or v_pages.dtype != k_pages.dtype:
-        raise DTypeError(
-            f"{op}: pages must be float32, float16 or bfloat16 and alike, they are {k_pages.dtype} and {v_pages.dtype}"
-        )
-    contiguous = k_pages.is_contiguous() and v_pages.is_contiguous()
-    if k_pages.dim() != 4 or v_pages.shape != k_pages.shape or not contiguous:
-        raise ShapeError(
-            f"{op}: k_pages and v_pages must be [P, PS, KH, D], alike and contiguous, "
-            f"they are {list(k_pages.shape)} and {list(v_pages.shape)}"
-        )
-
-
 def rope_cache_write(
     q: Tensor,
     k: Tensor,
@@ -356,7 +340,7 @@ def rope_cache_write(
             raise DTypeError(f"{op}: {name} must be int64, it is {tensor.dtype}")
         if tensor.shape != q.shape[:1]:
             raise ShapeError(f"{op}: {name} must be [{q.shape[0]}], it is {list(tensor.shape)}")
-    _check_pages(op, k_pages, v_pages)
+    check_plain_pages(op, k_pages, v_pages)
     wanted = (q.shape[0], k_pages.shape[2], k_pages.shape[3])
     if k.shape != wanted or v.shape != wanted or q.shape[2] != wanted[2]:
         raise ShapeError(
@@ -370,58 +354,4 @@ def rope_cache_write(
         )
     check_devices(op, q, k, v, cos, sin, positions, slot_mapping, k_pages, v_pages)
     result: Tensor = registry.rope_cache_write(q, k, v, cos, sin, positions, slot_mapping, k_pages, v_pages)
-    return result
-
-
-def paged_attention(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_table: Tensor,
-    query_starts: Tensor,
-    context_lens: Tensor,
-    *,
-    softmax_scale: float,
-    sliding_window: int = 0,
-) -> Tensor:
-    """Causal attention over the paged cache: prefill, decode and both in one batch, with grouped queries.
-
-    Args:
-        q: [T, H, D] float32, rotated; H a multiple of KH.
-        k_pages, v_pages: [P, PS, KH, D] float32, float16 or bfloat16; the new tokens are in them already.
-        page_table: [B, MP] int32, the pages of each sequence in order; entries beyond its length are not read.
-        query_starts: [B + 1] int32; sequence b has rows query_starts[b] to query_starts[b + 1] of q, its last ones.
-        context_lens: [B] int32, tokens of sequence b in the cache, the new ones included.
-        softmax_scale: multiplies the scores.
-        sliding_window: 0, or how many keys a query sees: the last that many, itself included.
-
-    Returns:
-        [T, H, D] float32.
-
-    Raises:
-        ShapeError, DTypeError, DeviceError: a tensor does not fit, or a page or length is out of range.
-    """
-    op = "paged_attention"
-    check_activations(op, "q", q, 3)
-    _check_pages(op, k_pages, v_pages)
-    if q.shape[2] != k_pages.shape[3] or q.shape[1] % k_pages.shape[2]:
-        raise ShapeError(
-            f"{op}: q {list(q.shape)} does not go with pages {list(k_pages.shape)}: D must be the same and the "
-            "query heads a multiple of the key heads"
-        )
-    for name, tensor in (("page_table", page_table), ("query_starts", query_starts), ("context_lens", context_lens)):
-        if tensor.dtype != torch.int32:
-            raise DTypeError(f"{op}: {name} must be int32, it is {tensor.dtype}")
-    batch = context_lens.shape[0]
-    if page_table.dim() != 2 or page_table.shape[0] != batch or query_starts.shape != (batch + 1,):
-        raise ShapeError(
-            f"{op}: page_table must be [B, MP], query_starts [B + 1] and context_lens [B]; they are "
-            f"{list(page_table.shape)}, {list(query_starts.shape)} and {list(context_lens.shape)}"
-        )
-    if sliding_window < 0:
-        raise ShapeError(f"{op}: sliding_window must be 0 (off) or positive, it is {sliding_window}")
-    check_devices(op, q, k_pages, v_pages, page_table, query_starts, context_lens)
-    result: Tensor = registry.paged_attention(
-        q, k_pages, v_pages, page_table, query_starts, context_lens, softmax_scale, sliding_window
-    )
     return result

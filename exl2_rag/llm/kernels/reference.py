@@ -15,7 +15,6 @@ from exl2_rag.llm.kernels import codes as bit_codes
 from exl2_rag.llm.kernels.reference_attention import check_batch as check_batch  # noqa: PLC0414
 from exl2_rag.llm.kernels.reference_attention import check_range, rotate_half
 from exl2_rag.llm.kernels.reference_attention import paged_attention as paged_attention  # noqa: PLC0414
-from exl2_rag.llm.kernels.reference_attention import paged_attention_shared as paged_attention_shared  # noqa: PLC0414
 from exl2_rag.llm.kernels.reference_attention import quantise_kv_write as quantise_kv_write  # noqa: PLC0414
 from exl2_rag.llm.kernels.reference_sampling import sample as sample  # noqa: PLC0414
 from exl2_rag.llm.kernels.weights import TILE_COLUMNS, Exl2Weights, GptqWeights, Group

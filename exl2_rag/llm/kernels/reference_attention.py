@@ -8,8 +8,7 @@ from torch import Tensor
 from exl2_rag.errors import ShapeError
 from exl2_rag.llm.kernels import kv_format
 from exl2_rag.llm.kernels.kv_format import QuantisedPages
-
-Pages = Tensor | QuantisedPages
+from exl2_rag.llm.kernels.paged_batch import PagedBatch, Pages, Scoring
 
 
 def check_range(op: str, name: str, numbers: Tensor, limit: int) -> None:
@@ -40,24 +39,18 @@ def rotate_half(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
 
-def paged_attention(
-    q: Tensor,
-    k_pages: Pages,
-    v_pages: Pages,
-    page_table: Tensor,
-    query_starts: Tensor,
-    context_lens: Tensor,
-    *,
-    softmax_scale: float,
-    sliding_window: int = 0,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """Causal attention of each sequence's new rows over everything it has in the cache."""
+def paged_attention(q: Tensor, k_pages: Pages, v_pages: Pages, batch: PagedBatch, scoring: Scoring) -> Tensor:
+    """Causal attention of each sequence's new rows over everything it has in the cache.
+
+    Groups change what is read how often, not what comes out: they are checked, no more.
+    """
+    page_table, scale, sinks = batch.page_table, scoring.softmax_scale, scoring.sinks
+    if batch.group_starts is not None and batch.group_prefix_pages is not None:
+        check_groups(batch.group_starts.tolist(), batch.group_prefix_pages.tolist(), page_table)
     is_quantised = isinstance(k_pages, QuantisedPages)
     n_pages, page_size, n_kv_heads = (k_pages.codes if isinstance(k_pages, QuantisedPages) else k_pages).shape[:3]
     output = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    starts, contexts = query_starts.tolist(), context_lens.tolist()
+    starts, contexts = batch.query_starts.tolist(), batch.context_lens.tolist()
     check_batch(starts, contexts, n_rows=q.shape[0], limit_tokens=page_table.shape[1] * page_size)
     for sequence, context in enumerate(contexts):
         first, last = starts[sequence], starts[sequence + 1]
@@ -67,14 +60,14 @@ def paged_attention(
         check_range("paged_attention", "page_table entries in use", pages, n_pages)
         keys, values = (_gather(part, pages)[:context].double() for part in (k_pages, v_pages))
         queries = q[first:last].double().reshape(last - first, n_kv_heads, -1, q.shape[2])
-        scores = torch.einsum("tkrd,skd->krts", queries, keys) * softmax_scale
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
+        scores = torch.einsum("tkrd,skd->krts", queries, keys) * scale
+        if scoring.softcap:
+            scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
         query_position = torch.arange(context - (last - first), context, device=q.device)[:, None]
         key_position = torch.arange(context, device=q.device)[None, :]
         hidden = key_position > query_position
-        if sliding_window > 0:
-            hidden |= key_position <= query_position - sliding_window
+        if scoring.sliding_window > 0:
+            hidden |= key_position <= query_position - scoring.sliding_window
         scores = scores.masked_fill(hidden, float("-inf"))
         if sinks is not None:  # one more score a row, whose weight goes nowhere
             column = sinks.double().reshape(n_kv_heads, -1, 1, 1).expand(-1, -1, last - first, 1)
@@ -90,45 +83,12 @@ def check_groups(group_starts: list[int], prefix_pages: list[int], page_table: T
     batch = page_table.shape[0]
     if group_starts[0] != 0 or group_starts[-1] != batch or sorted(group_starts) != group_starts:
         raise ShapeError(
-            f"paged_attention_shared: group_starts must rise from 0 to the {batch} sequences, they are {group_starts}"
+            f"paged_attention: group_starts must rise from 0 to the {batch} sequences, they are {group_starts}"
         )
     for group, count in enumerate(prefix_pages):
         rows = page_table[group_starts[group] : group_starts[group + 1]]
         if not 0 <= count <= page_table.shape[1] or bool((rows[:, :count] != rows[:1, :count]).any()):
-            raise ShapeError(
-                f"paged_attention_shared: the sequences of group {group} do not share {count} leading pages"
-            )
-
-
-def paged_attention_shared(
-    q: Tensor,
-    k_pages: Pages,
-    v_pages: Pages,
-    page_table: Tensor,
-    query_starts: Tensor,
-    context_lens: Tensor,
-    group_starts: Tensor,
-    group_prefix_pages: Tensor,
-    *,
-    softmax_scale: float,
-    sliding_window: int = 0,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """The same as `paged_attention`; sharing changes what is read how often, not what comes out."""
-    check_groups(group_starts.tolist(), group_prefix_pages.tolist(), page_table)
-    return paged_attention(
-        q,
-        k_pages,
-        v_pages,
-        page_table,
-        query_starts,
-        context_lens,
-        softmax_scale=softmax_scale,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        sinks=sinks,
-    )
+            raise ShapeError(f"paged_attention: the sequences of group {group} do not share {count} leading pages")
 
 
 def quantise_kv_write(

@@ -34,10 +34,6 @@ _library.define(
     "rope_cache_write(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor positions, Tensor slot_mapping, "
     "Tensor(a!) k_pages, Tensor(b!) v_pages) -> Tensor"
 )
-_library.define(
-    "paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor query_starts, "
-    "Tensor context_lens, float softmax_scale, int sliding_window) -> Tensor"
-)
 
 
 def _cpu_exl2_matmul(
@@ -154,33 +150,6 @@ def _cpu_rope_cache_write(
     return reference.rope_cache_write(q, k, v, cos, sin, positions, slot_mapping, k_pages, v_pages)
 
 
-def _cpu_paged_attention(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_table: Tensor,
-    query_starts: Tensor,
-    context_lens: Tensor,
-    softmax_scale: float,
-    sliding_window: int,
-) -> Tensor:
-    library = native.library()
-    if library is not None:
-        return cpu_ops.paged_attention(
-            library, q, k_pages, v_pages, page_table, query_starts, context_lens, softmax_scale, sliding_window
-        )
-    return reference.paged_attention(
-        q,
-        k_pages,
-        v_pages,
-        page_table,
-        query_starts,
-        context_lens,
-        softmax_scale=softmax_scale,
-        sliding_window=sliding_window,
-    )
-
-
 def _fake_tiled_matmul(x: Tensor, codes: Tensor, *_rest: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], codes.shape[0] * TILE_COLUMNS))
 
@@ -218,7 +187,6 @@ for _name, _cpu, _fake in (
     ("silu_mul", _cpu_silu_mul, _fake_like_first),
     ("silu_mul_into", _cpu_silu_mul_into, _fake_nothing),
     ("rope_cache_write", _cpu_rope_cache_write, _fake_like_first),
-    ("paged_attention", _cpu_paged_attention, _fake_like_first),
 ):
     _library.impl(_name, _cpu, "CPU")
     torch.library.register_fake(f"exl2_rag::{_name}", _fake, lib=_library)
@@ -235,4 +203,3 @@ rms_norm = torch.ops.exl2_rag.rms_norm.default
 silu_mul_into = torch.ops.exl2_rag.silu_mul_into.default
 silu_mul = torch.ops.exl2_rag.silu_mul.default
 rope_cache_write = torch.ops.exl2_rag.rope_cache_write.default
-paged_attention = torch.ops.exl2_rag.paged_attention.default

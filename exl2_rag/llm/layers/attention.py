@@ -8,6 +8,8 @@ from torch import Tensor
 
 from exl2_rag.llm.forward_inputs import ForwardInputs
 from exl2_rag.llm.kernels import ops
+from exl2_rag.llm.kernels.kv_format import QuantisedPages
+from exl2_rag.llm.kernels.paged_batch import Pages
 from exl2_rag.llm.layers.activations import Activations
 from exl2_rag.llm.layers.linear import Linear
 from exl2_rag.llm.layers.rotary import Rotary
@@ -35,8 +37,8 @@ class Attention:
         x: Tensor,
         inputs: ForwardInputs,
         rotary: Rotary,
-        k_pages: Tensor,
-        v_pages: Tensor,
+        k_pages: Pages,
+        v_pages: Pages,
         *,
         add_to: Tensor,
     ) -> None:
@@ -46,31 +48,20 @@ class Attention:
             x: [T, hidden_size] float32, normed.
             inputs: where the tokens stand, and which pages their sequences have.
             rotary: at least as many positions as any in `inputs`.
-            k_pages, v_pages: [P, PS, KH, D] of this layer; written to.
+            k_pages, v_pages: [P, PS, KH, D] of this layer, plain or quantised; written to.
             add_to: [T, hidden_size] float32; the result is added to it.
         """
         normed = Activations(x, inputs.token_lora)
-        queries = ops.rope_cache_write(
-            self._heads(self.q_proj(normed)),
-            self._heads(self.k_proj(normed)),
-            self._heads(self.v_proj(normed)),
-            rotary.cos,
-            rotary.sin,
-            inputs.positions,
-            inputs.slot_mapping,
-            k_pages,
-            v_pages,
-        )
-        mixed = ops.paged_attention(
-            queries,
-            k_pages,
-            v_pages,
-            inputs.page_table,
-            inputs.query_starts,
-            inputs.context_lens,
-            softmax_scale=self.softmax_scale,
-            sliding_window=self.sliding_window,
-        )
+        q, k, v = (self._heads(one(normed)) for one in (self.q_proj, self.k_proj, self.v_proj))
+        place = (rotary.cos, rotary.sin, inputs.positions, inputs.slot_mapping)
+        if isinstance(k_pages, QuantisedPages) and isinstance(v_pages, QuantisedPages):
+            queries = ops.quantise_kv_write(q, k, v, *place, k_pages, v_pages)
+        else:
+            assert isinstance(k_pages, Tensor)
+            assert isinstance(v_pages, Tensor)
+            queries = ops.rope_cache_write(q, k, v, *place, k_pages, v_pages)
+        scoring = ops.Scoring(self.softmax_scale, self.sliding_window)
+        mixed = ops.paged_attention(queries, k_pages, v_pages, inputs.batch, scoring)
         self.o_proj(Activations(mixed.flatten(1), inputs.token_lora), add_to=add_to)
 
     def _heads(self, x: Tensor) -> Tensor:

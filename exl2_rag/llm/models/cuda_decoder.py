@@ -27,6 +27,7 @@ from exl2_rag.llm.forward_inputs import ForwardInputs
 from exl2_rag.llm.kernels import cuda_attention, cuda_prefill, cuda_small_ops
 from exl2_rag.llm.kernels.cuda_backend import Backend
 from exl2_rag.llm.kernels.kv_format import QuantisedPages
+from exl2_rag.llm.kernels.paged_batch import Scoring
 from exl2_rag.llm.kv_cache import KVCache
 from exl2_rag.llm.layers.cuda_linear import CudaLinear, PlainLinear, as_activation_dtype, load_cuda_linear
 from exl2_rag.llm.layers.embedding import load_embedding
@@ -143,28 +144,22 @@ class CudaDecoder:
             assert isinstance(k_pages, Tensor)
             assert isinstance(v_pages, Tensor)
             q = cuda_small_ops.rope_cache_write(self._backend, q, k, v, *place, k_pages, v_pages)
-        batch = (q, k_pages, v_pages, inputs.page_table, inputs.query_starts, inputs.context_lens)
-        scale, window, lengths = self.config.softmax_scale, layer.sliding_window, inputs.lengths
+        scoring, lengths = Scoring(self.config.softmax_scale, layer.sliding_window), inputs.lengths
         # "exact" keeps to our kernel, which gives a row the same bits however its prompt is cut into slices.
         if self.dtype == torch.float16 and lengths is not None and lengths.longest_slice >= cuda_prefill.MIN_ROWS:
             mixed = cuda_prefill.paged_attention(
                 self._backend,
-                *batch,
+                q,
+                k_pages,
+                v_pages,
+                inputs.batch,
+                scoring,
                 host_starts=lengths.query_starts,
                 host_contexts=lengths.context_lens,
-                softmax_scale=scale,
-                sliding_window=window,
                 min_rows=cuda_prefill.MIN_ROWS,
             )
         else:
-            mixed = cuda_attention.paged_attention(
-                self._backend,
-                *batch,
-                softmax_scale=scale,
-                sliding_window=window,
-                group_starts=inputs.group_starts,
-                group_prefix_pages=inputs.group_prefix_pages,
-            )
+            mixed = cuda_attention.paged_attention(self._backend, q, k_pages, v_pages, inputs.batch, scoring)
         layer.o_proj.add_to(hidden, mixed.flatten(1))
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from exl2_rag.llm.config import ModelConfig
 from exl2_rag.llm.forward_inputs import ForwardInputs
+from exl2_rag.llm.kernels.paged_batch import Pages
 from exl2_rag.llm.kv_cache import KVCache
 from exl2_rag.llm.layers.activations import Activations
 from exl2_rag.llm.layers.attention import Attention
@@ -42,7 +43,7 @@ class DecoderLayer:
         """Bytes of memory held."""
         return sum(part.weight_bytes for part in (self.input_norm, self.attention, self.mlp_norm, self.mlp))
 
-    def __call__(self, hidden: Tensor, inputs: ForwardInputs, rotary: Rotary, k_pages: Tensor, v_pages: Tensor) -> None:
+    def __call__(self, hidden: Tensor, inputs: ForwardInputs, rotary: Rotary, k_pages: Pages, v_pages: Pages) -> None:
         """Adds to `hidden` [T, hidden_size] float32, and writes the new keys and values into the pages."""
         self.attention(self.input_norm(hidden), inputs, rotary, k_pages, v_pages, add_to=hidden)
         self.mlp(self.mlp_norm(hidden), add_to=hidden, lora=inputs.token_lora)

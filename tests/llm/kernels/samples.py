@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from exl2_rag.llm.checkpoint import pack
-from exl2_rag.llm.kernels import ops
+from exl2_rag.llm.kernels import kv_format, ops
+from exl2_rag.llm.kernels.kv_format import QuantisedPages
 from exl2_rag.llm.kernels.ops import Exl2Weights, GptqWeights, PlaneWeights
 
 AWKWARD = (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 129)
@@ -69,6 +70,30 @@ def gptq_weights(in_features: int, out_features: int, n_groups: int, *, seed: in
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=generator(seed))
+
+
+def attention_call(q, k_pages, v_pages, page_table, query_starts, context_lens, **options) -> tuple:
+    """The arguments of `paged_attention`; options are fields of PagedBatch and Scoring, the scale 0.2 unless given."""
+    of_scoring = {name: options.pop(name) for name in ops.Scoring.__slots__ if name in options}
+    batch = ops.PagedBatch(page_table, query_starts, context_lens, **options)
+    return q, k_pages, v_pages, batch, ops.Scoring(**{"softmax_scale": 0.2, **of_scoring})
+
+
+def quantised_pages(pages: Tensor, bits: int) -> QuantisedPages:
+    """The pages as they would be stored; rows that nobody owns stay poison."""
+    codes, scales = kv_format.quantise(kv_format.rotate(pages), bits)
+    return QuantisedPages(kv_format.pack_codes(codes, bits), scales)
+
+
+def share_pages(page_table: Tensor, groups: list[int], prefix_pages: list[int]) -> dict[str, Tensor]:
+    """Give the sequences of each group (their numbers in `groups`) the same leading pages; the fields of PagedBatch."""
+    starts = [0]
+    for size, pages in zip(groups, prefix_pages, strict=True):
+        table = page_table[starts[-1] : starts[-1] + size]
+        table[:, :pages] = table[:1, :pages].clone()
+        starts.append(starts[-1] + size)
+    prefix = torch.tensor(prefix_pages, dtype=torch.int32)
+    return {"group_starts": torch.tensor(starts, dtype=torch.int32), "group_prefix_pages": prefix}
 
 
 @dataclass
@@ -141,6 +166,19 @@ def attention_case(
         keys=keys,
         values=values,
     )
+
+
+def write_arguments(
+    rows: int, *, bits: int, head_dim: int, rotary: int, dtype=torch.float32, heads=4, kv_heads=2, seed=0
+):
+    """The arguments of `quantise_kv_write` over three pages of 16 tokens."""
+    q, k, v = (normal(rows, n, head_dim, seed=seed + n).to(dtype) for n in (heads, kv_heads, kv_heads + 1))
+    v = v[:, :kv_heads]  # strided
+    angles = torch.rand(40, rotary // 2, generator=torch.Generator().manual_seed(seed)) * 6
+    positions = torch.arange(rows) * 3 % 40
+    slots = torch.randperm(3 * 16, generator=torch.Generator().manual_seed(seed))[:rows]
+    pages = [QuantisedPages.zeros(3, 16, kv_heads, head_dim, bits=bits, device=q.device) for _ in range(2)]
+    return q, k, v, angles.cos(), angles.sin(), positions, slots, *pages
 
 
 def assert_close(op: str, actual: Tensor, expected: Tensor) -> None:

@@ -8,7 +8,8 @@ import torch
 from exl2_rag.errors import DTypeError, ShapeError
 from exl2_rag.llm.kernels import kv_format, ops, reference
 from exl2_rag.llm.kernels.kv_format import QuantisedPages
-from tests.llm.kernels.samples import AttentionCase, attention_case, normal
+from exl2_rag.llm.kernels.paged_batch import flatten
+from tests.llm.kernels.samples import AttentionCase, attention_call, attention_case, normal
 
 # Attention over random keys with scores of about 1.6: how far q8, q6 and q4 pages may lead from unquantised ones.
 LOSSES = {8: 0.02, 6: 0.06, 4: 0.25}
@@ -32,10 +33,10 @@ def written(case: AttentionCase, bits: int) -> tuple[QuantisedPages, QuantisedPa
 def test_attention_over_quantised_pages_is_near_that_over_plain_ones(bits):
     case = attention_case([(1, 70), (5, 200), (3, 3)], heads=4, kv_heads=2, head_dim=64)
     q, _, _, *batch = case.arguments()
-    plain = reference.paged_attention(*case.arguments(), softmax_scale=0.2)
+    plain = reference.paged_attention(*attention_call(*case.arguments()))
     pages = written(case, bits)
     rotated = kv_format.rotate(q)
-    quantised = ops.paged_attention_quantised(rotated, *pages, *batch, softmax_scale=0.2)
+    quantised = ops.paged_attention(*attention_call(rotated, *pages, *batch))
     loss = float((quantised - plain).norm() / plain.norm())
     assert LOSSES[bits] / 8 < loss < LOSSES[bits]
 
@@ -49,21 +50,8 @@ def test_the_one_key_that_matters_is_found_in_quantised_pages(bits):
         needle = AttentionCase(**{**vars(case), "keys": [keys], "values": [values]})
         rotated = kv_format.rotate(case.q)
         _, _, _, *batch = case.arguments()
-        found = ops.paged_attention_quantised(rotated, *written(needle, bits), *batch, softmax_scale=0.5)
+        found = ops.paged_attention(*attention_call(rotated, *written(needle, bits), *batch, softmax_scale=0.5))
         assert (found[0, 0] - 5).abs().max() < 0.4
-
-
-def test_sharing_gives_what_not_sharing_gives_and_refuses_what_is_not_shared():
-    case = attention_case([(1, 70), (1, 60), (1, 20)])
-    case.page_table[1, :3] = case.page_table[0, :3]
-    starts, prefix = torch.tensor([0, 2, 3], dtype=torch.int32), torch.tensor([3, 0], dtype=torch.int32)
-    apart = reference.paged_attention(*case.arguments(), softmax_scale=0.2, softcap=3.0)
-    shared = ops.paged_attention_shared(*case.arguments(), starts, prefix, softmax_scale=0.2, softcap=3.0)
-    assert torch.equal(shared, apart)
-    with pytest.raises(ShapeError, match="do not share 4"):
-        ops.paged_attention_shared(*case.arguments(), starts, prefix + 1, softmax_scale=0.2)
-    with pytest.raises(ShapeError, match="group_starts must be"):
-        ops.paged_attention_shared(*case.arguments(), starts, prefix[:1], softmax_scale=0.2)
 
 
 def test_softcap_and_sinks_mean_what_they_say():
@@ -71,7 +59,8 @@ def test_softcap_and_sinks_mean_what_they_say():
     q, _, _, *_ = case.arguments()
     keys, values = case.keys[0].double(), case.values[0].double()
     sinks = normal(2, seed=5)
-    actual = reference.paged_attention(*case.arguments(), softmax_scale=0.3, softcap=1.5, sinks=sinks)
+    call = attention_call(*case.arguments(), softmax_scale=0.3, softcap=1.5, sinks=sinks)
+    actual = reference.paged_attention(*call)
     for row in range(2):
         for head in range(2):
             scores = 1.5 * torch.tanh((keys[: 29 + row, 0] @ q[row, head].double()) * 0.3 / 1.5)
@@ -84,10 +73,9 @@ def test_tensors_that_do_not_fit_are_refused():
     case = attention_case([(1, 20)], head_dim=64)
     q, _, _, *batch = case.arguments()
     pages = written(case, 4)
-    attend = ops.paged_attention_quantised
     for arguments, options, error, message in (
         ((q[..., :32], *pages, *batch), {}, ShapeError, "q must be"),
-        ((q.double(), *pages, *batch), {}, DTypeError, "float32 or float16"),
+        ((q.double(), *pages, *batch), {}, DTypeError, "q must be float32"),
         ((q, pages[0], case.v_pages, *batch), {}, DTypeError, "both"),
         ((q, *pages, batch[0].long(), *batch[1:]), {}, DTypeError, "page_table must be"),
         ((q, *pages, batch[0], batch[1][:1], batch[2]), {}, ShapeError, "query_starts"),
@@ -95,12 +83,12 @@ def test_tensors_that_do_not_fit_are_refused():
         ((q, *pages, *batch), {"softcap": -1.0}, ShapeError, "softcap"),
     ):
         with pytest.raises(error, match=message):
-            attend(*arguments, softmax_scale=1.0, **options)
+            ops.paged_attention(*attention_call(*arguments, **options))
     tables = torch.ones(4, 32), torch.zeros(4, 32)
     place = torch.tensor([0]), torch.tensor([3])
     k = normal(1, 2, 64)
     for arguments, error, message in (
-        ((q, k.half(), k, *tables, *place), DTypeError, "all float32"),
+        ((q, k.half(), k, *tables, *place), DTypeError, "k must be float32"),
         ((q, k[:, :1], k, *tables, *place), ShapeError, "k and v must be"),
         ((q, k, k, torch.ones(4, 33), tables[1], *place), ShapeError, "cos and sin"),
         ((q, k, k, *tables, place[0].int(), place[1]), DTypeError, "positions must be"),
@@ -145,8 +133,8 @@ def test_the_operators_can_be_traced():
     pages = written(case, 8)
     parts = (pages[0].codes, pages[1].codes, pages[0].scales, pages[1].scales)
     torch.library.opcheck(
-        torch.ops.exl2_rag.attend_pages.default,
-        (q, *parts, *batch, None, None, None, 1.0, 0, 0.0, 0, 0),
+        torch.ops.exl2_rag.paged_attention.default,
+        (q, *parts, *flatten(ops.PagedBatch(*batch), ops.Scoring(1.0))),
         test_utils=("test_schema", "test_faketensor"),
     )
     rows = row_sampling(3)

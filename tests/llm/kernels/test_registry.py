@@ -6,15 +6,18 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from exl2_rag.llm.kernels import ops, reference, reference_planes, registry
+from exl2_rag.llm.kernels import ops, reference, reference_planes
+from exl2_rag.llm.kernels.paged_batch import flatten
 from tests.llm.kernels.samples import (
     MIXES,
+    attention_call,
     attention_case,
     exl2_weights,
     generator,
     gptq_weights,
     normal,
     plane_weights,
+    write_arguments,
 )
 from tests.llm.kernels.test_small_ops import rope_case
 
@@ -29,7 +32,11 @@ def arguments_of(name: str) -> tuple[object, ...]:
     if name == "rope_cache_write":
         return tuple(rope_case(5).values())
     if name == "paged_attention":
-        return (*attention_case([(5, 20), (1, 2)]).arguments(), 0.2, 0)
+        q, k_pages, v_pages, batch, scoring = attention_call(*attention_case([(5, 20), (1, 2)]).arguments())
+        return (q, k_pages, v_pages, None, None, *flatten(batch, scoring))
+    if name == "quantise_kv_write":
+        *inputs, keys, values = write_arguments(3, bits=6, head_dim=32, rotary=16)
+        return (*inputs, keys.codes, keys.scales, values.codes, values.scales)
     if name == "plane_matmul":
         p = plane_weights(MIXES["all"], 64)
         made = ops.digits(normal(3, p.in_features), p.perm)
@@ -48,7 +55,7 @@ def arguments_of(name: str) -> tuple[object, ...]:
 
 @pytest.mark.parametrize("name", ops.TOLERANCES)
 def test_schema_and_fake_agree_with_what_the_op_does(name):
-    operator = getattr(registry, name)
+    operator = getattr(torch.ops.exl2_rag, name).default
     torch.library.opcheck(operator, arguments_of(name), test_utils=("test_schema", "test_faketensor"))
 
 

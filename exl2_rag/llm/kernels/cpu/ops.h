@@ -15,7 +15,8 @@ enum Status : int {
     kOutOfRange = 2,  // a position, slot, page or length points outside its tensor
 };
 
-enum Dtype : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
+// Of weights, tables and pages; the last three, of pages alone, are codes of as many bits (pages.h).
+enum Dtype : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2, kQ8 = 3, kQ6 = 4, kQ4 = 5 };
 
 struct Exl2Matmul {
     const float* x;                 // [rows, in]
@@ -136,16 +137,37 @@ struct RopeCacheWrite {
     float* q_rotated;               // [rows, heads, dim]
 };
 
+// RopeCacheWrite for quantised pages: all three vectors go into the basis of the pages.
+struct QuantiseKvWrite {
+    const float *q, *k, *v;         // [rows, heads, dim], [rows, kv_heads, dim] twice; dim a multiple of 32
+    const float *cos, *sin;         // [n_positions, half]
+    const int64_t *positions, *slots;
+    int64_t rows, heads, kv_heads, dim, n_positions, half, n_slots;
+    uint8_t* k_codes;               // [n_slots, kv_heads, dim * bits / 8]
+    uint16_t* k_scales;             // [n_slots, kv_heads, dim / 32]
+    uint8_t* v_codes;
+    uint16_t* v_scales;
+    int bits;                       // 8, 6 or 4
+    float rotation_factor;          // hadamard.h
+    float* q_rotated;               // [rows, heads, dim]
+};
+
 struct PagedAttention {
-    const float* q;                 // [rows, heads, dim]
+    const float* q;                 // [rows, heads, dim]; of quantised pages in their basis
     const void *k_pages, *v_pages;  // [n_pages, page_size, kv_heads, dim] of `dtype`
+    const uint16_t *k_scales, *v_scales;  // of quantised pages [n_pages, page_size, kv_heads, dim / 32]; or null
     int dtype;
     const int32_t* page_table;      // [batch, table_width]
     const int32_t* query_starts;    // [batch + 1]
     const int32_t* context_lens;    // [batch]
-    int64_t rows, heads, kv_heads, dim, n_pages, page_size, batch, table_width;
+    const int32_t* group_starts;    // [n_groups + 1]; null without groups
+    const int32_t* group_prefix_pages;  // [n_groups], pages that all sequences of a group share
+    int64_t rows, heads, kv_heads, dim, n_pages, page_size, batch, table_width, n_groups;
     float softmax_scale;
     int64_t window;                 // 0: off
+    float softcap;                  // 0: off
+    const float* sinks;             // [heads], or null
+    float rotation_factor;          // of quantised pages
     float* y;                       // [rows, heads, dim]
 };
 
@@ -177,7 +199,7 @@ struct GptqRows {
     apply(exl2_planes, Exl2Planes) apply(gptq_planes, GptqPlanes) apply(digits, Digits)                           \
     apply(plane_matmul, PlaneMatmul) apply(rms_norm, RmsNorm) apply(silu_mul, SiluMul) apply(embedding, Embedding)    \
     apply(add_into, AddInto) apply(rope_cache_write, RopeCacheWrite) apply(paged_attention, PagedAttention) \
-    apply(rounding_costs, RoundingCosts) apply(gptq_rows, GptqRows)
+    apply(quantise_kv_write, QuantiseKvWrite) apply(rounding_costs, RoundingCosts) apply(gptq_rows, GptqRows)
 
 #define EXL2_DECLARE_OP(name, Args) int name(const Args& args);
 #define EXL2_DECLARE_LEVEL(level) \

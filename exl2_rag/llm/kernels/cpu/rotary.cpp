@@ -1,25 +1,13 @@
 // Rotates q and k by their positions and writes k and v into the cache. One task per token.
-//
-// NeoX layout over the first R = 2 * half numbers of a head, the rest unchanged:
-//     y[i]        = x[i] * cos[i] - x[i + half] * sin[i]
-//     y[i + half] = x[i + half] * cos[i] + x[i] * sin[i]
 #include <stdint.h>
 
 #include "ops.h"
+#include "rotate_head.h"
 #include "simd.h"
 
 namespace exl2 {
 namespace EXL2_LEVEL {
 namespace {
-
-template <typename Element>
-inline void rotate_head(const float* x, const float* cos, const float* sin, int64_t half, int64_t dim, Element* y) {
-    for (int64_t i = 0; i < half; ++i) {
-        from_float(x[i] * cos[i] - x[i + half] * sin[i], y + i);
-        from_float(x[i + half] * cos[i] + x[i] * sin[i], y + i + half);
-    }
-    for (int64_t i = 2 * half; i < dim; ++i) from_float(x[i], y + i);
-}
 
 template <typename Element>
 bool write_token(const void* context, int64_t row) {

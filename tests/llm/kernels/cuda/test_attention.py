@@ -13,7 +13,15 @@ from exl2_rag.llm.kernels import cuda_attention, kv_format, reference_attention
 from exl2_rag.llm.kernels.kv_format import QuantisedPages
 from tests.cuda_emulation import EmulatedBackend
 from tests.llm.kernels.cuda.conftest import place_of
-from tests.llm.kernels.samples import AttentionCase, attention_case, normal
+from tests.llm.kernels.samples import (
+    AttentionCase,
+    attention_call,
+    attention_case,
+    normal,
+    quantised_pages,
+    share_pages,
+    write_arguments,
+)
 
 RAGGED = [(1, 70), (5, 5), (0, 3), (17, 129), (1, 1), (3, 300)]
 CONTEXTS = [1, 2, 3, 31, 32, 33, 129, 300]
@@ -40,18 +48,12 @@ class Case:
         return (self.q[start + first : start + last].clone(), self.k_pages, self.v_pages, *rest)
 
 
-def quantised(pages: Tensor, bits: int) -> QuantisedPages:
-    """The pages as they would be stored; rows that nobody owns stay poison."""
-    codes, scales = kv_format.quantise(kv_format.rotate(pages), bits)
-    return QuantisedPages(kv_format.pack_codes(codes, bits), scales)
-
-
 def make_case(kind: str, lengths: list[tuple[int, int]], *, exact: bool = True, **options) -> Case:
     dtype = DTYPES.get(kind, torch.float32)
     plain = attention_case(lengths, dtype=dtype, **options)
     k_pages, v_pages = plain.k_pages, plain.v_pages
     if kind.startswith("q"):
-        k_pages, v_pages = quantised(k_pages, int(kind[1:])), quantised(v_pages, int(kind[1:]))
+        k_pages, v_pages = quantised_pages(k_pages, int(kind[1:])), quantised_pages(v_pages, int(kind[1:]))
     return Case(plain, plain.q if exact else plain.q.half(), k_pages, v_pages)
 
 
@@ -68,7 +70,7 @@ def attend_to(backend, arguments: tuple, **options) -> Tensor:
     """On the backend's device and back."""
     device = place_of(backend)
     options = dict(zip(options, moved(device, *options.values()), strict=True))
-    return cuda_attention.paged_attention(backend, *moved(device, *arguments), softmax_scale=0.2, **options).cpu()
+    return cuda_attention.paged_attention(backend, *attention_call(*moved(device, *arguments), **options)).cpu()
 
 
 def attend(backend, case: Case, **options) -> Tensor:
@@ -76,7 +78,7 @@ def attend(backend, case: Case, **options) -> Tensor:
 
 
 def expected(case: Case, **options) -> Tensor:
-    return reference_attention.paged_attention(*case.arguments(), softmax_scale=0.2, **options)
+    return reference_attention.paged_attention(*attention_call(*case.arguments(), **options))
 
 
 def assert_near(actual: Tensor, wanted: Tensor, kind: str) -> None:
@@ -205,7 +207,7 @@ def test_a_key_that_stands_out_is_found_wherever_it_is(backend):
             plain.v_pages[needle] = 10.0
             k_pages, v_pages = plain.k_pages.half(), plain.v_pages.half()
             if kind != "f16":
-                k_pages, v_pages = (quantised(pages, int(kind[1:])) for pages in (plain.k_pages, plain.v_pages))
+                k_pages, v_pages = (quantised_pages(pages, int(kind[1:])) for pages in (plain.k_pages, plain.v_pages))
             # Queries of quantised pages come rotated, as quantise_kv_write gives them.
             q = plain.q if kind == "f16" else kv_format.rotate(plain.q)
             case = Case(plain, q, k_pages, v_pages)
@@ -218,13 +220,8 @@ SHARED_PAGES = 40
 def shared_case(kind: str, lengths: list[tuple[int, int]], groups: list[int], prefix_pages: list[int], **options):
     """A batch in which the sequences of a group start with the same pages."""
     case = make_case(kind, lengths, exact=options.pop("exact", False), **options)
-    starts = [0]
-    for size, pages in zip(groups, prefix_pages, strict=True):
-        table = case.plain.page_table[starts[-1] : starts[-1] + size]
-        table[:, :pages] = table[:1, :pages].clone()
-        starts.append(starts[-1] + size)
-    metadata = torch.tensor(starts, dtype=torch.int32), torch.tensor(prefix_pages, dtype=torch.int32)
-    return case, metadata
+    shared = share_pages(case.plain.page_table, groups, prefix_pages)
+    return case, (shared["group_starts"], shared["group_prefix_pages"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -240,7 +237,7 @@ def test_sharing_a_prefix_changes_no_bit(backend, kind, window):
             backend, case, group_starts=starts, group_prefix_pages=prefix, max_rest=max_rest, max_context=700, **options
         )
         assert torch.equal(shared, apart)
-    wanted = reference_attention.paged_attention_shared(*case.arguments(), starts, prefix, softmax_scale=0.2, **options)
+    wanted = expected(case, group_starts=starts, group_prefix_pages=prefix, **options)
     assert torch.equal(wanted, expected(case, **options))
 
 
@@ -260,9 +257,9 @@ def test_shared_pages_are_read_once_for_their_group(backend):
 )
 def test_groups_that_do_not_share_are_refused_by_the_reference(starts, prefix, message):
     case, _ = shared_case("f32", [(1, 700), (1, 650), (1, 690)], [3], [SHARED_PAGES])
-    metadata = (torch.tensor(starts, dtype=torch.int32), torch.tensor(prefix, dtype=torch.int32))
+    group_starts, prefix_pages = torch.tensor(starts, dtype=torch.int32), torch.tensor(prefix, dtype=torch.int32)
     with pytest.raises(ShapeError, match=message):
-        reference_attention.paged_attention_shared(*case.arguments(), *metadata, softmax_scale=1.0)
+        expected(case, group_starts=group_starts, group_prefix_pages=prefix_pages)
 
 
 @pytest.mark.parametrize("order", ["reverse", "shuffled"])
@@ -294,18 +291,6 @@ def test_what_is_not_supported_is_refused():
 
 
 # ---- writing quantised pages ----------------------------------------------------------------------------------------
-
-
-def write_arguments(
-    rows: int, *, bits: int, head_dim: int, rotary: int, dtype=torch.float32, heads=4, kv_heads=2, seed=0
-):
-    q, k, v = (normal(rows, n, head_dim, seed=seed + n).to(dtype) for n in (heads, kv_heads, kv_heads + 1))
-    v = v[:, :kv_heads]  # strided
-    angles = torch.rand(40, rotary // 2, generator=torch.Generator().manual_seed(seed)) * 6
-    positions = torch.arange(rows) * 3 % 40
-    slots = torch.randperm(3 * 16, generator=torch.Generator().manual_seed(seed))[:rows]
-    pages = [QuantisedPages.zeros(3, 16, kv_heads, head_dim, bits=bits, device=q.device) for _ in range(2)]
-    return q, k, v, angles.cos(), angles.sin(), positions, slots, *pages
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

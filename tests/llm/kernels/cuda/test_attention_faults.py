@@ -12,8 +12,9 @@ from exl2_rag.errors import KernelError
 from exl2_rag.llm.kernels import cuda_attention, cuda_sampling, reference_attention, reference_sampling
 from exl2_rag.llm.kernels.cuda_backend import SOURCE_DIR
 from tests.cuda_emulation import EmulatedBackend
-from tests.llm.kernels.cuda.test_attention import assert_near, attend, expected, make_case, write_arguments
+from tests.llm.kernels.cuda.test_attention import assert_near, attend, expected, make_case
 from tests.llm.kernels.cuda.test_sampling import params
+from tests.llm.kernels.samples import write_arguments
 
 END_OF_VALUES = "is_inside && span_key + 16 * j + key < n_keys) {\n                    stored.load(from.v"
 STAGE = "__syncthreads();\n            room[i] = x;\n            __syncthreads();"

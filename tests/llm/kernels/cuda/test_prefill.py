@@ -9,9 +9,11 @@ import torch
 
 from exl2_rag.llm.kernels import cuda_prefill, reference_attention
 from exl2_rag.llm.kernels.cuda_attention import paged_attention
+from exl2_rag.llm.kernels.paged_batch import PagedBatch, Scoring
 from tests.cuda_emulation import EmulatedBackend
 from tests.llm.kernels.cuda.conftest import place_of
 from tests.llm.kernels.cuda.test_attention import assert_near, expected, make_case, moved
+from tests.llm.kernels.samples import attention_call
 
 MIXED = [(1, 70), (1, 33), (40, 129), (40, 40), (0, 5), (3, 20), (33, 65)]
 
@@ -20,12 +22,10 @@ def attend(case, *, min_rows: int = 32, backend=None, **options) -> torch.Tensor
     backend = backend or EmulatedBackend(80)
     return cuda_prefill.paged_attention(
         backend,
-        *moved(place_of(backend), *case.arguments()),
+        *attention_call(*moved(place_of(backend), *case.arguments()), **options),
         host_starts=case.plain.query_starts.tolist(),
         host_contexts=case.plain.context_lens.tolist(),
-        softmax_scale=0.2,
         min_rows=min_rows,
-        **options,
     ).cpu()
 
 
@@ -64,13 +64,13 @@ def test_no_more_is_gathered_than_the_bound_allows(monkeypatch):
 )
 def test_what_torch_cannot_is_left_to_the_kernel(kind, exact, options):
     case = make_case(kind, [(1, 70), (40, 129)], exact=exact)
-    by_kernel = paged_attention(EmulatedBackend(80), *case.arguments(), softmax_scale=0.2, **options)
+    by_kernel = paged_attention(EmulatedBackend(80), *attention_call(*case.arguments(), **options))
     assert torch.equal(attend(case, **options), by_kernel)
 
 
 def test_slices_below_the_bound_are_left_to_the_kernel():
     case = make_case("f16", [(1, 70), (31, 129)], exact=False)
-    assert torch.equal(attend(case), paged_attention(EmulatedBackend(80), *case.arguments(), softmax_scale=0.2))
+    assert torch.equal(attend(case), paged_attention(EmulatedBackend(80), *attention_call(*case.arguments())))
     assert not torch.equal(attend(case, min_rows=31), attend(case))
 
 
@@ -89,17 +89,9 @@ def test_flash_attn_is_given_pages_and_lengths_where_it_is_installed(monkeypatch
         assert (max_seqlen_q, max_seqlen_k) == (int(cu_seqlens_q.diff().max()), int(contexts.max()))
         assert window_size == ((-1, -1) if "sliding_window" not in options else (49, 0))
         calls.append(len(contexts))
-        return reference_attention.paged_attention(
-            q,
-            k,
-            v,
-            block_table,
-            cu_seqlens_q,
-            contexts.to(torch.int32),
-            softmax_scale=softmax_scale,
-            sliding_window=window_size[0] + 1,
-            softcap=softcap,
-        )
+        batch = PagedBatch(block_table, cu_seqlens_q, contexts.to(torch.int32))
+        scoring = Scoring(softmax_scale, sliding_window=window_size[0] + 1, softcap=softcap)
+        return reference_attention.paged_attention(q, k, v, batch, scoring)
 
     monkeypatch.setattr(
         cuda_prefill, "_flash_attn", lambda: SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
