@@ -24,6 +24,7 @@ from exl2_rag.llm.cached_order import cached_order
 from exl2_rag.llm.engine_config import EngineConfig
 from exl2_rag.llm.fingerprint import CacheIdentity, root_key
 from exl2_rag.llm.guidance import accompany, negative_ids, room_for_two, when_both_are_there
+from exl2_rag.llm.kv_store.tiers import TierPeek
 from exl2_rag.llm.lora.choice import Lora, LoraChoices, lora_choices, lora_identity
 from exl2_rag.llm.model_runner import ModelRunner
 from exl2_rag.llm.next_tokens import allowed_next
@@ -31,7 +32,7 @@ from exl2_rag.llm.output_text import OutputText, TokenDecoder
 from exl2_rag.llm.page_table import PageTable
 from exl2_rag.llm.page_table_check import check_integrity
 from exl2_rag.llm.prefill_rate import PrefillRate
-from exl2_rag.llm.prefix_trace import trace_prefix
+from exl2_rag.llm.prefix_trace import PrefixTrace, trace_prefix
 from exl2_rag.llm.prompt_logprobs import PromptLogprobs
 from exl2_rag.llm.prompt_report import PromptReport, check_prompt, final_report
 from exl2_rag.llm.request import FinishReason, GenerationRequest, SamplingParams, StreamPiece, branch_seed
@@ -337,14 +338,19 @@ class Engine:
         """
         check_prompt(token_ids, self.config, self._vocab_size, n_new=0)
         table = self._scheduler.table
-        trace = trace_prefix(
-            table,
-            token_ids,
-            len(token_ids) - 1,
-            root=self.cache_root(cache_salt, lora_identity(self._lora_set(lora))),
-            other_roots=reversed(table.roots),
-        )
-        return explain(trace, token_ids, self._text.shown_text)
+        limit = len(token_ids) - 1
+        root = self.cache_root(cache_salt, lora_identity(self._lora_set(lora)))
+        trace = trace_prefix(table, token_ids, limit, root=root, other_roots=reversed(table.roots))
+        if self.tiers is None:
+            return explain(trace, token_ids, self._text.shown_text)
+        peek = self.tiers.peek(token_ids, limit, root)
+        found = peek.cache_tokens + peek.ram_tokens + peek.disk_tokens
+        if found > trace.n_reused:
+            trace = PrefixTrace(found, found, "last token" if found == limit else "never seen")
+        else:
+            peek = TierPeek(trace.n_reused, 0, 0)
+        shown = self._text.shown_text
+        return explain(trace, token_ids, shown, from_ram=peek.ram_tokens, from_disk=peek.disk_tokens)
 
     def cached_order(
         self,

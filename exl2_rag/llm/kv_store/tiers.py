@@ -81,6 +81,15 @@ class TierReport:
 
 
 @dataclass(frozen=True, slots=True)
+class TierPeek:
+    """Leading tokens of a prompt by where they are; those in the cache are counted in whole pages."""
+
+    cache_tokens: int
+    ram_tokens: int
+    disk_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class _ToSave:
     """A page that is to be written to disk."""
 
@@ -159,6 +168,22 @@ class CacheTiers:
         if sequence.n_cached_tokens is None:
             self._used(sequence, keys[:n_there])
         return True
+
+    def peek(self, token_ids: Seq[int], limit: int, root: bytes) -> TierPeek:
+        """What a prompt would find here, of its first `limit` tokens. Reads no page and changes nothing."""
+        table, size = self._attached(), self._page_size
+        keys: list[bytes] = []
+        n_there = len(table.lookup(token_ids, limit // size * size, keys, root).pages)
+        names = self._chain(token_ids, keys, root, n_there, limit // size)
+        in_ram = {name.key for name in names if self.ram is not None and self.ram.get(name) is not None}
+        stored = set() if self.store is None else self.store.contains([name.key for name in names])
+        n_ram = n_disk = 0
+        for name in names:
+            if name.key not in in_ram and name.key not in stored:
+                break
+            n_ram += name.key in in_ram
+            n_disk += name.key not in in_ram
+        return TierPeek(n_there * size, n_ram * size, n_disk * size)
 
     def computed(self, sequence: Sequence) -> None:
         """Pages of a running sequence may have become full: a first use of them, or a second."""
@@ -292,19 +317,23 @@ class CacheTiers:
 
     def _names(self, sequence: Sequence, start: int, end: int) -> list[PageName]:
         """The names of a sequence's pages from `start` to before `end`; completes its keys as far."""
-        table, keys, size = self._attached(), sequence.page_keys, self._page_size
-        root = table.root_key if sequence.cache_root is None else sequence.cache_root
+        return self._chain(sequence.token_ids, sequence.page_keys, self._root(sequence), start, end)
+
+    def _chain(self, token_ids: Seq[int], keys: list[bytes], root: bytes, start: int, end: int) -> list[PageName]:
+        """The names of a text's pages from `start` to before `end`; appends to `keys`, which are those of its pages."""
+        table, size = self._attached(), self._page_size
         names = []
-        for place in range(end):
+        for place in range(min(start, len(keys)), end):
             parent_key = keys[place - 1] if place else root
-            if place < start and place < len(keys):
-                continue
-            token_ids = tuple(sequence.token_ids[place * size : (place + 1) * size])
+            tokens = tuple(token_ids[place * size : (place + 1) * size])
             if place == len(keys):
-                keys.append(table.page_key(parent_key, token_ids))
+                keys.append(table.page_key(parent_key, tokens))
             if place >= start:
-                names.append(PageName(keys[place], parent_key, token_ids))
+                names.append(PageName(keys[place], parent_key, tokens))
         return names
+
+    def _root(self, sequence: Sequence) -> bytes:
+        return self._attached().root_key if sequence.cache_root is None else sequence.cache_root
 
     def _load(
         self,
@@ -415,12 +444,11 @@ class CacheTiers:
     def _save(self, sequence: Sequence, places: Iterable[int]) -> None:
         """Have pages of a sequence written to disk, unless they are there."""
         assert self.store is not None
-        table = self._attached()
         places = list(places)
         self._names_known(sequence, places)
         keys = sequence.page_keys
         stored = self.store.contains([keys[place] for place in places])
-        root = table.root_key if sequence.cache_root is None else sequence.cache_root
+        root = self._root(sequence)
         for place in places:
             if keys[place] in stored or keys[place] in self._to_save:
                 continue

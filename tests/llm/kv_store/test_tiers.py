@@ -363,3 +363,24 @@ def test_planned_copies_are_carried_out_before_a_restored_page_is_written(tmp_pa
     assert outcomes[0].token_ids == expected_tokens(forked, 6)
     assert outcomes[1].token_ids == expected_tokens(text(1), 6)
     engine.close()
+
+
+def test_an_explanation_counts_what_would_come_from_host_memory_and_disk(tmp_path) -> None:
+    engine = tiered(tmp_path, 100 * PAGE_BYTES, n_pages=24)
+    warm(engine, text(1, 61))
+    engine.tiers.flush()
+    for seed in range(2, 6):
+        answer(engine, text(seed, 61))
+    found = engine.explain(tuple(text(1, 61)))
+    assert (found.from_memory, found.from_ram, found.from_disk) == (0, 60, 0)
+    assert found.reason == "last token"
+    engine.close()
+    engine = tiered(tmp_path)
+    found = engine.explain((*text(1, 59), 1, 2, 3, 4))
+    assert (found.from_memory, found.from_ram, found.from_disk) == (0, 0, 56)
+    assert (found.reason, found.differs_at) == ("never seen", 56)
+    answer(engine, text(1, 50))
+    found = engine.explain(tuple(text(1, 61)))
+    assert (found.from_memory, found.from_ram, found.from_disk) == (48, 0, 12)
+    assert engine.tiers.store.report().read_pages == 12
+    engine.close()
