@@ -87,7 +87,11 @@ class CacheControl(ABC):
         Raises:
             KVStoreError: another process writes to the store, or the disk fails.
         """
-        return self._thread.call(lambda: self._engine.purge(source))
+        n_pages = self._thread.call(lambda: self._engine.purge_memory(source))
+        store = None if self._engine.tiers is None else self._engine.tiers.store
+        return (
+            n_pages if store is None else n_pages + store.purge(source)
+        )  # here, so that no request waits for the disk
 
     def evict(
         self,

@@ -291,9 +291,9 @@ class Engine:
         """Let go of the pages that a sequence with `keep_pages` kept. Harmless when that has happened already."""
         self._scheduler.unpin(sequence)
 
-    def purge(self, source: str) -> int:
-        """Erase what the tiers hold of a source; see `CacheTiers.purge`."""
-        return 0 if self.tiers is None else self.tiers.purge(source)
+    def purge_memory(self, source: str) -> int:
+        """Forget what the cache and host memory hold of a source; see `CacheTiers.purge_memory`."""
+        return 0 if self.tiers is None else self.tiers.purge_memory(source)
 
     def on_room(self, action: Callable[[], None]) -> None:
         """Have `action` called, by another thread, when the store can take pages again for which it had no room."""

@@ -33,6 +33,7 @@ class PageRecord:
         image: the page's bytes; belongs to the store from now on.
         recompute_s: seconds it would take to compute the page again.
         sources: ids of the documents that its text, or text before it, was taken from.
+        is_pinned: exempt from eviction, until that is taken back or the process ends.
     """
 
     name: PageName
@@ -40,6 +41,7 @@ class PageRecord:
     image: bytearray
     recompute_s: float
     sources: tuple[str, ...] = ()
+    is_pinned: bool = False
 
 
 class PageStore(Protocol):

@@ -227,7 +227,7 @@ class StoreIndex:
                 priority = clock + _worth(record.recompute_s, 1.0, place.image_bytes)
                 token_ids = _encode_tokens(record.name.token_ids)
                 self._database.execute(
-                    "INSERT OR REPLACE INTO pages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0)",
+                    "INSERT OR REPLACE INTO pages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (
                         record.name.key,
                         record.name.parent_key,
@@ -241,6 +241,7 @@ class StoreIndex:
                         1.0,
                         now,
                         priority,
+                        int(record.is_pinned),
                     ),
                 )
                 self._tag(record.name.key, record.sources)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -115,6 +115,8 @@ class CacheTiers:
         self._seen: OrderedDict[bytes, None] = OrderedDict()  # computed once, not stored
         self._to_save: OrderedDict[bytes, _ToSave] = OrderedDict()  # parents before their children
         self._sources: dict[bytes, frozenset[str]] = {}  # of pages in the page table
+        self._pinned: Counter[bytes] = Counter()  # pages that pins hold, by how many
+        self._purged: set[bytes] = set()  # pages that running requests held when their document was purged
         self._ram_tokens = 0
         self._disk_tokens = 0
         self._load_s = 0.0
@@ -134,6 +136,8 @@ class CacheTiers:
         self._table = table
         self._to_save.clear()
         self._sources.clear()
+        self._pinned.clear()
+        self._purged.clear()
         table.on_evict = self._keep_evicted
 
     # --- requests come -----------------------------------------------------------------------------------------------
@@ -213,18 +217,27 @@ class CacheTiers:
         if is_warming and sequence.held is not None and self.store is not None and self.store.is_writing:
             self._save(sequence, range(len(sequence.held.keys)))
             if sequence.keep_pages:
+                self._pinned.update(sequence.held.keys)
                 self.store.set_pinned(list(sequence.held.keys), pinned=True)
 
     def unpinned(self, sequence: Sequence) -> None:
         """A sequence that kept its pages is about to let go of them."""
-        if self.store is not None and sequence.held is not None:
-            self.store.set_pinned(list(sequence.held.keys), pinned=False)
+        if self.store is None or sequence.held is None:
+            return
+        self._pinned.subtract(sequence.held.keys)
+        free = [key for key in sequence.held.keys if self._pinned[key] <= 0]
+        for key in free:
+            del self._pinned[key]
+        self.store.set_pinned(free, pinned=False)
 
     # --- pages go ----------------------------------------------------------------------------------------------------
 
     def save_some(self, *, others_run: bool) -> None:
         """Copy pages that are to be written to disk out of the cache; for a short while if others run."""
         table = self._attached()
+        if self._purged:
+            table.discard(self._purged)
+            self._purged = {key for key in self._purged if table.find(key) is not None}
         started = time.perf_counter()
         deadline = started + SAVE_SLICE_S * (1 if others_run else 10)
         while self.has_work and self.store is not None and time.perf_counter() < deadline:
@@ -240,7 +253,8 @@ class CacheTiers:
                 continue
             sources = tuple(sorted(self._sources.get(key, ())))
             recompute_s = self.rates.recompute_s(self._page_size)
-            self.store.put_many([PageRecord(wanted.name, wanted.root_key, image, recompute_s, sources)])
+            is_pinned = self._pinned[key] > 0
+            self.store.put_many([PageRecord(wanted.name, wanted.root_key, image, recompute_s, sources, is_pinned)])
             self._seen.pop(key, None)
         self._spent_s += time.perf_counter() - started
 
@@ -249,13 +263,11 @@ class CacheTiers:
         spent_s, self._spent_s = self._spent_s, 0.0
         return spent_s
 
-    def purge(self, source: str) -> int:
-        """Erase what was made from a source in every tier; returns how many page images are gone.
+    def purge_memory(self, source: str) -> int:
+        """Forget what was made from a source in the KV cache and in host memory; returns how many pages are gone.
 
-        Pages of requests that run now stay in the KV cache until those end.
-
-        Raises:
-            KVStoreError: the store on disk could not be purged.
+        Nothing of it goes to disk any more; what is there is for `DiskStore.purge`, which any thread may call. Pages of
+        requests that run now stay in the KV cache until those end.
         """
         table = self._attached()
         tagged = [key for key, sources in self._sources.items() if source in sources]
@@ -264,11 +276,9 @@ class CacheTiers:
             self._to_save.pop(key, None)
             if table.find(key) is None:
                 del self._sources[key]
-        if self.ram is not None:
-            n_pages += self.ram.purge(source)
-        if self.store is not None:
-            n_pages += self.store.purge(source)
-        return n_pages
+            else:
+                self._purged.add(key)
+        return n_pages if self.ram is None else n_pages + self.ram.purge(source)
 
     def report(self) -> TierReport:
         """What the tiers hold and have done."""
@@ -450,7 +460,7 @@ class CacheTiers:
         stored = self.store.contains([keys[place] for place in places])
         root = self._root(sequence)
         for place in places:
-            if keys[place] in stored or keys[place] in self._to_save:
+            if keys[place] in stored or keys[place] in self._to_save or keys[place] in self._purged:
                 continue
             if len(self._to_save) >= MAX_TO_SAVE:
                 self._n_skipped += 1
@@ -482,7 +492,7 @@ class CacheTiers:
         if page.key is None:
             return
         sources = self._sources.pop(page.key, frozenset())
-        if self.ram is None:
+        if self.ram is None or page.key in self._purged:
             return
         if page.key in self.ram:
             self.ram.touch([page.key])

@@ -56,6 +56,10 @@ def answer(engine: Engine, tokens: list[int], **options) -> Sequence:
     return sequence
 
 
+def purge(engine: Engine, source: str) -> int:
+    return engine.purge_memory(source) + engine.tiers.store.purge(source)
+
+
 def warm(engine: Engine, tokens: list[int], **options) -> None:
     sequence = engine.prepare_prompt(tuple(tokens), **options)
     engine.add(sequence)
@@ -283,7 +287,7 @@ def test_purging_a_source_reaches_cache_host_memory_and_disk(tmp_path) -> None:
     for seed in range(5, 8):
         answer(engine, text(seed, 61))
     engine.tiers.flush()
-    assert engine.purge("secret") >= 7
+    assert purge(engine, "secret") >= 7
     assert answer(engine, public, sources={"public": 20}).usage().cached_tokens >= 48
     assert answer(engine, secret, sources={"secret": 20}).usage().cached_tokens == 20
     engine.close()
@@ -299,7 +303,7 @@ def test_a_purge_reaches_pages_that_came_back_from_disk(tmp_path) -> None:
     engine.close()
     engine = tiered(tmp_path)
     answer(engine, text(1))  # this time nobody says where it is from
-    assert engine.purge("doc") >= 20  # in the cache, and on disk
+    assert purge(engine, "doc") >= 20  # in the cache, and on disk
     assert answer(engine, text(1)).usage().cached_tokens == 0
     engine.close()
 
@@ -383,4 +387,36 @@ def test_an_explanation_counts_what_would_come_from_host_memory_and_disk(tmp_pat
     found = engine.explain(tuple(text(1, 61)))
     assert (found.from_memory, found.from_ram, found.from_disk) == (48, 0, 12)
     assert engine.tiers.store.report().read_pages == 12
+    engine.close()
+
+
+def test_pages_that_a_running_request_holds_go_when_it_ends(tmp_path) -> None:
+    engine = tiered(tmp_path, 100 * PAGE_BYTES)
+    running = ask(engine, text(1), n_new=20, sources=["doc"])
+    for _ in range(4):
+        engine.step()
+    purge(engine, "doc")
+    run(engine, running)
+    assert running.token_ids[41:] == expected_tokens(text(1), 20)
+    answer(engine, text(2))
+    assert answer(engine, text(1)).usage().cached_tokens == 0
+    engine.close()
+
+
+def test_a_pinned_prompt_is_pinned_on_disk_until_its_last_pin_is_released(tmp_path) -> None:
+    engine = tiered(tmp_path)
+
+    def pinned_on_disk() -> int:
+        engine.tiers.flush()
+        return engine.tiers.store._written_index._rows("SELECT count(*) FROM pages WHERE pinned")[0][0]
+
+    pins = [engine.prepare_prompt(tuple(text(1)[:length]), keep_pages=True) for length in (41, 25)]
+    for one in pins:
+        engine.add(one)
+        run(engine, one)
+    assert pinned_on_disk() == 10
+    engine.unpin(pins[0])
+    assert pinned_on_disk() == 6
+    engine.unpin(pins[1])
+    assert pinned_on_disk() == 0
     engine.close()
