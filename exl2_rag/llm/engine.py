@@ -14,13 +14,14 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-import torch
 from torch import Tensor
 
-from exl2_rag.errors import BannedStringsError, EngineError, Exl2RagError, RequestError
+from exl2_rag.errors import EngineError, Exl2RagError, RequestError
 from exl2_rag.llm.cache_explanation import CacheExplanation, explain
 from exl2_rag.llm.cache_report import CacheReport
 from exl2_rag.llm.cached_order import cached_order
+from exl2_rag.llm.continuation import KEPT_BACK_TOKENS, Continuation
+from exl2_rag.llm.drawing import Ready, draw_each
 from exl2_rag.llm.engine_config import EngineConfig
 from exl2_rag.llm.fingerprint import CacheIdentity, root_key
 from exl2_rag.llm.guidance import accompany, negative_ids, room_for_two, when_both_are_there
@@ -36,7 +37,7 @@ from exl2_rag.llm.prefix_trace import PrefixTrace, trace_prefix
 from exl2_rag.llm.prompt_logprobs import PromptLogprobs
 from exl2_rag.llm.prompt_report import PromptReport, check_prompt, final_report
 from exl2_rag.llm.request import FinishReason, GenerationRequest, SamplingParams, StreamPiece, branch_seed
-from exl2_rag.llm.sampler import DrawnToken, choose
+from exl2_rag.llm.sampler import DrawnToken
 from exl2_rag.llm.sampler_setup import TokenTexts, next_draw, sampler_state
 from exl2_rag.llm.sampling.draw import Draw
 from exl2_rag.llm.scheduler import Scheduler, Slice, StepPlan
@@ -51,11 +52,6 @@ if TYPE_CHECKING:
     from exl2_rag.llm.lora.shelf import LoraSet
     from exl2_rag.llm.token_healing import Healing
 
-KEPT_BACK_TOKENS = 32
-"""Tokens held back where a constraint meets banned strings: it may lead to one with no way round but further back."""
-MOST_BANS = 2000
-"""How often a text may run into banned strings; each time costs a step."""
-
 
 @dataclass(frozen=True, slots=True)
 class Update:
@@ -69,25 +65,6 @@ class Update:
     def is_last(self) -> bool:
         """Whether the sequence has ended."""
         return self.error is not None or (self.piece is not None and self.piece.finish_reason is not None)
-
-
-class _Ready:
-    """A sequence whose next tokens can be sampled.
-
-    Attributes:
-        logits: [1 + D, V]: after its last token, and after each of the D tokens of its draft.
-        end: tokens that it had in the step.
-        n_right: tokens of the draft known to be right.
-    """
-
-    __slots__ = ("draft", "end", "logits", "n_right", "sequence")
-
-    def __init__(self, one: Slice, logits: Tensor) -> None:
-        self.sequence = one.sequence
-        self.logits = logits
-        self.draft = one.draft
-        self.end = one.start + one.n_tokens
-        self.n_right = 0
 
 
 class TextTools(TokenTexts, Protocol):
@@ -152,6 +129,7 @@ class Engine:
         self._runner = runner
         self._text = text
         self._speculator = speculator
+        self._continuation = Continuation(text.token_text, self._forget_rows)
         self._vocab_size = vocab_size
         self._eos_token_ids = frozenset(eos_token_ids)
         self.identity = identity
@@ -280,7 +258,7 @@ class Engine:
             if one.matcher is not None:
                 # What must come first needs no sampling; the last token is left to be sampled, to end the text
                 # properly.
-                self._append_forced(one, at_most=one.max_new_tokens - 1)
+                self._continuation.append_forced(one, at_most=one.max_new_tokens - 1)
         self._scheduler.add(sequence)
 
     def abort(self, sequence: Sequence) -> None:
@@ -373,8 +351,10 @@ class Engine:
         """
         started = time.perf_counter()
         expired = self._scheduler.expire(started)
+        drafting_s = 0.0
         if self._speculator is not None:
             self._speculator.draft(self._scheduler.running)
+            drafting_s = time.perf_counter() - started
         plan = self._scheduler.plan()
         updates = [Update(sequence, error=error) for sequence, error in (*expired, *plan.failures)]
         self._runner.copy_rows(plan.copies)
@@ -390,20 +370,20 @@ class Engine:
         if self.tiers is not None:
             for one in plan.slices:
                 self.tiers.computed(one.sequence)
-        to_sample: list[_Ready] = []
+        to_sample: list[Ready] = []
         for one, logits in zip(plan.slices, rows, strict=True):
             last = logits if one.sequence.evaluation is None else logits[-1:]
             if update := self._advance_prompt(one, logits):
                 updates.append(update)
             elif one.sequence.max_new_tokens > 0 and one.reaches_end:
-                to_sample.append(_Ready(one, last))
+                to_sample.append(Ready(one, last))
         updates += self._advance_texts(to_sample)
         aside_s = 0.0 if self.tiers is None else self.tiers.take_spent_s()
         elapsed_s = time.perf_counter() - started - aside_s
         self._scheduler.measured(plan, elapsed_s)
         self._prefill_rate.note(n_prefill, n_decode, elapsed_s)
         if self._speculator is not None:
-            self._speculator.note_step(plan.slices, elapsed_s)
+            self._speculator.note_step(plan.slices, elapsed_s - drafting_s)
         if self.tiers is not None:
             self.tiers.rates.prefill_tokens_per_s = self._prefill_rate.tokens_per_s
         return updates
@@ -500,7 +480,7 @@ class Engine:
         sequence.mark_progress()
         return self._finish(sequence, "stop")
 
-    def _advance_texts(self, ready: list[_Ready]) -> list[Update]:
+    def _advance_texts(self, ready: list[Ready]) -> list[Update]:
         """Sample tokens of each sequence as long as its logits are there: one, and one more for each token of its draft
         that turns out to be right.
         """
@@ -514,7 +494,7 @@ class Engine:
                 self._speculator.learn(one.sequence, len(one.draft), one.n_right)
         return updates
 
-    def _goes_on(self, one: _Ready) -> bool:
+    def _goes_on(self, one: Ready) -> bool:
         """Whether all tokens since the step are those of the draft, so that the logits after the last are there."""
         sequence = one.sequence
         taken = sequence.token_ids[one.end :]
@@ -546,7 +526,7 @@ class Engine:
                 continue
             draws.append(next_draw(sequence, allowed, negative))
             drawn.append((sequence, logits))
-        for (sequence, _), choice in zip(drawn, _sample_each([row for _, row in drawn], draws), strict=True):
+        for (sequence, _), choice in zip(drawn, draw_each([row for _, row in drawn], draws), strict=True):
             if isinstance(choice, Exception):
                 has_bans = len(sequence.token_ids) in sequence.bans
                 updates += self._leave_dead_end(sequence) if has_bans else [self._fail(sequence, choice)]
@@ -574,91 +554,23 @@ class Engine:
             branches.append(branch)
         return tuple(branches)
 
-    def _leave_dead_end(self, sequence: Sequence) -> list[Update]:
-        """Go one token further back, since every way on from here leads to a banned string."""
-        if sequence.output is not None and sequence.output.n_tokens_held:
-            error = _failure(lambda: self._call_back(sequence, 1))
-        else:
-            error = BannedStringsError(
-                "every way to go on leads to a banned string, and the text before it has been handed out or is the "
-                "prompt; relax banned_strings, the constraint or allowed_tokens"
-            )
-        return [] if error is None else [self._fail(sequence, error)]
-
-    def _call_back(self, sequence: Sequence, n_tokens: int) -> None:
-        """Take the last tokens back, in the first of which a banned string began, and keep that one off its place."""
-        token_id = sequence.token_ids[-n_tokens]
-        sequence.roll_back(n_tokens)
+    def _forget_rows(self, sequence: Sequence) -> None:
         self._scheduler.forget_rows(sequence)
-        sequence.ban_next(token_id)
-        if sequence.n_bans > MOST_BANS:
-            raise BannedStringsError(
-                f"the text ran into banned strings {MOST_BANS} times and could not get past them; ban fewer strings"
-            )
+
+    def _leave_dead_end(self, sequence: Sequence) -> list[Update]:
+        error = _failure(lambda: self._continuation.leave_dead_end(sequence))
+        return [] if error is None else [self._fail(sequence, error)]
 
     def _take(self, sequence: Sequence, choice: DrawnToken) -> Update | None:
         """Append a sampled token, and what a constraint forces after it."""
 
-        def take() -> None:
-            if sequence.logprobs is not None and choice.measured is not None:
-                sequence.logprobs.append(choice.measured.as_token_logprob(self._text.token_text))
-            self._append(sequence, choice.token_id)
-            if sequence.forced:
-                sequence.forced.pop(0)
-            if not sequence.forced:
-                self._append_forced(sequence, at_most=sequence.max_new_tokens)
-
-        error = _failure(take)
+        error = _failure(lambda: self._continuation.take(sequence, choice))
         if error is not None:
             return self._fail(sequence, error)
         if sequence.finish_reason is not None:
             return self._finish(sequence, sequence.finish_reason)
         piece = self._piece(sequence)
         return None if piece is None else Update(sequence, piece)
-
-    def _append(self, sequence: Sequence, token_id: int) -> None:
-        """Add one token to the continuation, and set the finish reason if it is the last."""
-        assert sequence.output is not None
-        sequence.append(token_id)
-        if token_id in sequence.stop_token_ids:
-            sequence.finish_reason = "stop"
-            return
-        if sequence.matcher is not None:
-            sequence.matcher.advance(token_id)
-        has_stopped = sequence.output.push(token_id, may_stop=sequence.n_new >= sequence.sampling.min_tokens)
-        if sequence.output.n_banned_tokens:
-            self._call_back(sequence, sequence.output.n_banned_tokens)
-            return
-        is_finished = sequence.matcher is not None and sequence.matcher.is_finished
-        if is_finished and sequence.n_new < sequence.sampling.min_tokens:
-            raise EngineError(
-                f"the constraint ends the text after {sequence.n_new} tokens, min_tokens asks for "
-                f"{sequence.sampling.min_tokens}; relax one of them"
-            )
-        if has_stopped or is_finished:
-            sequence.finish_reason = "stop"
-        elif sequence.n_new >= sequence.max_new_tokens:
-            sequence.finish_reason = "length"
-
-    def _append_forced(self, sequence: Sequence, *, at_most: int) -> None:
-        """Add the tokens that the constraint leaves no choice about, up to `at_most` new tokens in all."""
-        if sequence.matcher is None or sequence.finish_reason is not None:
-            return
-        tokens = sequence.matcher.forced_tokens()
-        if sequence.logprobs is not None:  # each needs the model's opinion, one step after the other
-            sequence.forced = tokens[: max(0, at_most - sequence.n_new)]
-            return
-        for token_id in tokens:
-            if sequence.n_new >= at_most or sequence.finish_reason is not None:
-                return
-            if sequence.sampler is not None and not sequence.sampler.may_draw(token_id, sequence.n_new):
-                return  # the sampler will find that nothing is left, and say why
-            if token_id in sequence.bans.get(len(sequence.token_ids), ()):
-                return
-            n_new = sequence.n_new
-            self._append(sequence, token_id)
-            if sequence.n_new <= n_new:  # a banned string called it back
-                return
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> Update:
         sequence.finish_reason = reason
@@ -744,19 +656,3 @@ def _failure(action: Callable[[], object]) -> Exception | None:
     except Exception as error:
         return error
     return None
-
-
-def _sample_each(rows: list[Tensor], draws: list[Draw]) -> list[DrawnToken] | list[DrawnToken | Exception]:
-    """One token, or what went wrong, for each row [1, V]. All rows at once, and one by one only if that fails."""
-    if not rows:
-        return []
-    try:
-        return choose(torch.cat(rows), draws)
-    except Exception:
-        results: list[DrawnToken | Exception] = []
-        for row, draw in zip(rows, draws, strict=True):
-            try:
-                results.append(choose(row, [draw])[0])
-            except Exception as error:
-                results.append(error)
-        return results

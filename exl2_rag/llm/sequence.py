@@ -88,6 +88,9 @@ class Sequence:
         sources: (id of a document, position of its first token in the prompt), as in `GenerationRequest`.
     """
 
+    draft: tuple[int, ...] = ()  # guesses of what comes next, for the next step
+    drafting: object = None  # what the proposer of drafts remembers
+
     def __init__(
         self,
         token_ids: tuple[int, ...],
@@ -158,8 +161,8 @@ class Sequence:
         # By number of tokens: those that must not come next, for they led to a banned string.
         self.bans: dict[int, set[int]] = {}
         self.n_bans = 0  # over all time
-        self.draft: tuple[int, ...] = ()  # guesses of what comes next, for the next step
-        self.drafting: object = None  # what the proposer of drafts remembers
+        # Whether tokens may be guessed: there is text to come, from one sequence of logits, and nobody said not to.
+        self.takes_drafts = max_new_tokens > 0 and sampling.speculate and not sampling.is_guided
         self.speculation = SpeculationCounts()
         self.n_handed_out = 0  # new tokens that left in a `StreamPiece`
         self._created = time.perf_counter()
@@ -198,11 +201,6 @@ class Sequence:
         """Places it takes in the batch and the queue, those of its branches included until they are on their own."""
         n_sequences = 1 if self.companion is None else 2
         return n_sequences if self.has_forked else n_sequences * (1 + len(self.branches))
-
-    @property
-    def takes_drafts(self) -> bool:
-        """Whether tokens may be guessed: it has text to come, one sequence of logits, and was not asked to leave it."""
-        return self.max_new_tokens > 0 and self.sampling.speculate and not self.sampling.is_guided
 
     @property
     def reuse_limit(self) -> int:

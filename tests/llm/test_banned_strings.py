@@ -114,7 +114,7 @@ def test_when_every_token_is_banned_the_request_ends_with_an_error_and_the_other
 
 
 def test_a_text_that_cannot_get_past_its_bans_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("exl2_rag.llm.engine.MOST_BANS", 20)
+    monkeypatch.setattr("exl2_rag.llm.continuation.MOST_BANS", 20)
     engine = toy_engine()
     everything = tuple({toy_text([n]).lower() for n in range(VOCAB)})
     outcome = run(engine, ask(engine, prompt(1, 5), greedy(5, banned_strings=everything)))[0]

@@ -26,6 +26,7 @@ class StepCosts:
     def __init__(self) -> None:
         self._samples: dict[int, deque[float]] = {}
         self._known: dict[int, float] = {}
+        self._noted: set[int] = set()  # sizes with samples that `_known` does not know of yet
 
     def note(self, n_rows: int, seconds: float) -> None:
         """A step of `n_rows` rows took so long. The first one of its size, which has more to do, does not count."""
@@ -34,7 +35,14 @@ class StepCosts:
             self._samples[n_rows] = deque(maxlen=SAMPLES)
             return
         samples.append(seconds)
-        self._known[n_rows] = statistics.median(samples)
+        self._noted.add(n_rows)
+
+    def known(self) -> dict[int, float]:
+        """Seconds by rows, of the sizes that were tried."""
+        for n_rows in self._noted:
+            self._known[n_rows] = statistics.median(self._samples[n_rows])
+        self._noted.clear()
+        return self._known
 
     def seconds(self, n_rows: int) -> float:
         """What a step of `n_rows` will take; a size that was never tried is taken to be cheap, so that it is tried.
@@ -42,19 +50,19 @@ class StepCosts:
         Returns:
             Seconds; 1 if nothing at all is known.
         """
-        known = self._known.get(n_rows)
-        if known is not None:
-            return known
-        below = max((rows for rows in self._known if rows < n_rows), default=0)
-        above = min((rows for rows in self._known if rows > n_rows), default=0)
+        known = self.known()
+        if n_rows in known:
+            return known[n_rows]
+        below = max((rows for rows in known if rows < n_rows), default=0)
+        above = min((rows for rows in known if rows > n_rows), default=0)
         if not below:
-            return self._known[above] if above else 1.0
-        guess = self._known[below] * (1 + OPTIMISM * (n_rows - below))
-        return min(guess, self._known[above]) if above else guess
+            return known[above] if above else 1.0
+        guess = known[below] * (1 + OPTIMISM * (n_rows - below))
+        return min(guess, known[above]) if above else guess
 
     def knows_below(self, n_rows: int) -> bool:
         """Whether a step of that size or a smaller one was measured; without that nothing can be said to pay."""
-        return any(rows <= n_rows for rows in self._known)
+        return any(rows <= n_rows for rows in self.known())
 
 
 def choose_lengths(

@@ -36,7 +36,8 @@ class _Lookup:
 
     def follow(self, token_ids: Seq[int]) -> None:
         """Take in what came since the last time, and see whether it had been guessed."""
-        known = self.automaton.token_ids
+        automaton = self.automaton
+        known = automaton.token_ids
         start = max(0, len(known) - COMPARED_TOKENS)
         if token_ids[start : len(known)] != known[start:]:
             # It went another way. The automaton starts anew, or it would propose the way that was given up.
@@ -44,18 +45,17 @@ class _Lookup:
             return
         for place in range(len(known), len(token_ids)):
             token_id = token_ids[place]
-            match = self.automaton.recurrence()
-            if match.length >= MIN_MATCH:
-                self.acceptance.note(match_class(match.length), known[match.end] == token_id)
-            self.automaton.extend(token_id)
+            if automaton.n_recurring >= MIN_MATCH:
+                self.acceptance.note(match_class(automaton.n_recurring), known[automaton.recurred_at] == token_id)
+            automaton.extend(token_id)
 
     def chances(self, limit: int) -> list[float]:
-        match = self.automaton.recurrence()
-        if match.length < MIN_MATCH or limit <= 0:
+        n_matching = self.automaton.n_recurring
+        if n_matching < MIN_MATCH or limit <= 0:
             return []
         falling, chance = [], 1.0
         for place in range(limit):
-            chance *= self.acceptance.chance(match_class(match.length + place))
+            chance *= self.acceptance.chance(match_class(n_matching + place))
             falling.append(chance)
         return falling
 

@@ -45,18 +45,21 @@ class Speculator:
 
     def draft(self, running: Iterable[Sequence]) -> None:
         """Set `draft` of the sequences that decode."""
-        decoding = [one for one in running if one.is_decoding]
-        for one in decoding:
+        n_rows = 0
+        ready: list[Sequence] = []
+        for one in running:
             one.draft = ()
-        n_rows = sum(one.n_pending for one in decoding)
-        ready = [one for one in decoding if one.takes_drafts]
+            if one.is_decoding:
+                n_rows += one.n_pending
+                if one.takes_drafts:
+                    ready.append(one)
         if not ready or n_rows >= MOST_ROWS:
             return
         most = min(self._max_draft_tokens, MOST_ROWS - n_rows)
         # The token after the draft is drawn without a row of its own.
         limits = [min(most, one.max_new_tokens - one.n_new - 1) for one in ready]
         chances = self._proposer.chances(ready, limits)
-        if not self._costs.knows_below(n_rows):
+        if not any(chances) or not self._costs.knows_below(n_rows):
             return
         lengths = choose_lengths(chances, n_rows, self._costs.seconds, self._proposer.seconds)
         if not any(lengths):
@@ -66,9 +69,17 @@ class Speculator:
 
     def note_step(self, slices: Iterable[Slice], seconds: float) -> None:
         """A step took so long."""
-        slices = list(slices)
-        if slices and all(one.decodes for one in slices):
-            self._costs.note(sum(one.n_rows for one in slices), seconds)
+        n_rows = 0
+        for one in slices:
+            if not one.decodes:
+                return
+            n_rows += one.n_rows
+        if n_rows:
+            self._costs.note(n_rows, seconds)
+
+    def step_costs(self) -> dict[int, float]:
+        """Seconds that decode steps of so many rows took."""
+        return dict(self._costs.known())
 
     def learn(self, sequence: Sequence, n_proposed: int, n_accepted: int) -> None:
         """Of the draft that a sequence had in a step, so many tokens were right."""

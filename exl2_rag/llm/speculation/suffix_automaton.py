@@ -11,15 +11,6 @@ Source: Blumer et al., "The smallest automaton recognizing the subwords of a tex
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True, slots=True)
-class Recurrence:
-    """The longest ending of a text that has occurred before: its length, and where that occurrence ended."""
-
-    length: int
-    end: int
 
 
 class SuffixAutomaton:
@@ -27,9 +18,11 @@ class SuffixAutomaton:
 
     Attributes:
         token_ids: the text.
+        n_recurring: length of its longest ending that has occurred before; 0 if not even the last token has.
+        recurred_at: where that occurrence ended.
     """
 
-    __slots__ = ("_end", "_last", "_length", "_link", "_next", "_recurrence_end", "token_ids")
+    __slots__ = ("_end", "_last", "_length", "_link", "_next", "n_recurring", "recurred_at", "token_ids")
 
     def __init__(self, token_ids: Iterable[int] = ()) -> None:
         self.token_ids: list[int] = []
@@ -38,7 +31,8 @@ class SuffixAutomaton:
         self._length = [0]  # of the longest substring
         self._end = [0]  # where it ended the last time it was met as a recurrence, or the first time
         self._last = 0  # the state of the whole text
-        self._recurrence_end = 0
+        self.n_recurring = 0
+        self.recurred_at = 0
         for token_id in token_ids:
             self.extend(token_id)
 
@@ -66,21 +60,17 @@ class SuffixAutomaton:
         self._last = new
         # The place of the recurrence that comes next time is this one, which is nearer.
         found = link[new]
-        self._recurrence_end = end[found]
+        self.n_recurring = length[found]
+        self.recurred_at = end[found]
         end[found] = position
-
-    def recurrence(self) -> Recurrence:
-        """The longest ending that has occurred before; of length 0 if not even the last token has."""
-        return Recurrence(self._length[self._link[self._last]] if self._last else 0, self._recurrence_end)
 
     def continuation(self, n_tokens: int) -> list[int]:
         """What came after the earlier occurrence; where that runs into the end of the text, the text goes on as it
         has since then, in a circle. Empty without a recurrence.
         """
-        found = self.recurrence()
-        if found.length == 0:
+        if self.n_recurring == 0:
             return []
-        following = self.token_ids[found.end : found.end + n_tokens]
+        following = self.token_ids[self.recurred_at : self.recurred_at + n_tokens]
         period = len(following)
         while len(following) < n_tokens:
             following.append(following[len(following) - period])

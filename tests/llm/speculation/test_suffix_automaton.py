@@ -22,16 +22,16 @@ def test_the_longest_ending_that_occurred_before_is_found_after_every_token(toke
     automaton = SuffixAutomaton()
     for n, token_id in enumerate(token_ids, start=1):
         automaton.extend(token_id)
-        found = automaton.recurrence()
-        assert found.length == longest_recurrence(token_ids[:n])
-        if found.length:
-            assert found.end < n
-            assert token_ids[found.end - found.length : found.end] == token_ids[n - found.length : n]
+        length, end = automaton.n_recurring, automaton.recurred_at
+        assert length == longest_recurrence(token_ids[:n])
+        if length:
+            assert end < n
+            assert token_ids[end - length : end] == token_ids[n - length : n]
 
 
 def test_the_continuation_is_what_came_after_the_earlier_occurrence() -> None:
     automaton = SuffixAutomaton([1, 2, 3, 4, 5, 9, 1, 2, 3])
-    assert automaton.recurrence().length == 3
+    assert automaton.n_recurring == 3
     assert automaton.continuation(4) == [4, 5, 9, 1]
     assert automaton.continuation(0) == []
 
@@ -50,7 +50,7 @@ def test_of_two_occurrences_the_nearer_one_is_followed_once_it_was_met() -> None
 
 def test_nothing_recurs_in_a_text_of_different_tokens() -> None:
     automaton = SuffixAutomaton(range(50))
-    assert automaton.recurrence().length == 0
+    assert automaton.n_recurring == 0
     assert automaton.continuation(3) == []
     assert SuffixAutomaton().continuation(3) == []
 
