@@ -61,6 +61,9 @@ class ExL2LLM(CacheControl, LoraLoading, Scoring):
         num_threads: threads of the CPU kernels, in the whole process; default: the processors it may use.
         page_size: tokens of a cache page; 16, 32, 64, 128 or 256.
         max_batched_tokens: new tokens computed in one step; more is faster for long prompts, and coarser to cancel.
+        deterministic: refuse to run where a request's logits could depend, in their last bits, on what else is in the
+            batch, on slices, on cache hits or on preemption. With the compiled CPU kernels they never do, and this costs
+            nothing; on a GPU it keeps to kernels of which that is true, which take longer for long prompts.
         max_waiting: requests that may wait for a place in the batch; one more fails with QueueFullError. Default: any
             number.
         max_overtakes: requests of higher priority that may be started ahead of one that has waited longer; then that
@@ -96,6 +99,7 @@ class ExL2LLM(CacheControl, LoraLoading, Scoring):
         num_threads: int | None = None,
         page_size: int | None = None,
         max_batched_tokens: int | None = None,
+        deterministic: bool = False,
         max_waiting: int | None = None,
         max_overtakes: int = DEFAULT_MAX_OVERTAKES,
         max_inter_token_gap: float | None = DEFAULT_MAX_INTER_TOKEN_GAP,
@@ -116,6 +120,7 @@ class ExL2LLM(CacheControl, LoraLoading, Scoring):
             num_threads=num_threads,
             page_size=page_size,
             max_batched_tokens=max_batched_tokens,
+            deterministic=deterministic,
             max_waiting=max_waiting,
             max_overtakes=max_overtakes,
             max_inter_token_gap=max_inter_token_gap,

@@ -53,6 +53,7 @@ class EngineOptions:
     num_threads: int | None = None
     page_size: int | None = None
     max_batched_tokens: int | None = None
+    deterministic: bool = False
     max_waiting: int | None = None
     max_overtakes: int = DEFAULT_MAX_OVERTAKES
     max_inter_token_gap: float | None = DEFAULT_MAX_INTER_TOKEN_GAP
@@ -85,6 +86,7 @@ class EngineConfig:
         n_pages, page_size: the KV cache.
         max_batch_size: sequences computed together.
         max_batched_tokens: new tokens of all sequences in one step.
+        deterministic: no row's bits may depend on what else is computed with it.
         prefill_beside_decode: prefill tokens in a step in which other sequences decode, where no times are measured.
         max_waiting: requests that may wait beside `max_batch_size` running ones; None: any number.
         max_overtakes: how many requests of higher priority may be started ahead of one that has waited longer, before
@@ -101,6 +103,7 @@ class EngineConfig:
     cache_dtype: str = "fp32"
     precision: str = "exact"
     max_batched_tokens: int = DEFAULT_BATCHED_TOKENS
+    deterministic: bool = False
     prefill_beside_decode: int = DEFAULT_PREFILL_BESIDE_DECODE
     max_waiting: int | None = None
     max_overtakes: int = DEFAULT_MAX_OVERTAKES
@@ -132,6 +135,11 @@ def resolve(
     device = _device(options.device)
     on_card = device.startswith("cuda")
     precision = _precision(options.precision, native=native or on_card)
+    if options.deterministic and not (native or on_card):
+        raise SettingsError(
+            "deterministic=True needs the compiled kernels, and there are none (see the notice about kernels); the "
+            "reference kernels may differ in their last bits from one batch to another"
+        )
     max_seq_len = shape.max_seq_len if options.max_seq_len is None else options.max_seq_len
     _require(
         2 <= max_seq_len <= shape.max_seq_len, "max_seq_len", f"from 2 to the model's {shape.max_seq_len}", max_seq_len
@@ -181,6 +189,7 @@ def resolve(
         cache_dtype=cache_dtype,
         precision=precision,
         max_batched_tokens=batched,
+        deterministic=options.deterministic,
         prefill_beside_decode=min(beside_decode, batched),
         max_waiting=options.max_waiting,
         max_overtakes=options.max_overtakes,

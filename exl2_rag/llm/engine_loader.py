@@ -282,6 +282,7 @@ def _runner(
         device=device,
         max_seq_len=limit,
         precision=engine_config.precision,
+        deterministic=engine_config.deterministic,
     )
     cache = make_cache(config, engine_config)
     graphs = DecodeGraphs(
@@ -289,7 +290,8 @@ def _runner(
         device,
         max_pages=-(-engine_config.sequence_limit // engine_config.page_size),
     )
-    return ModelRunner(cuda_model, cache, device, graphs, shares_prefixes=True)
+    # Reading a shared prefix by itself adds its share of the attention in another order.
+    return ModelRunner(cuda_model, cache, device, graphs, shares_prefixes=not engine_config.deterministic)
 
 
 def make_cache(config: ModelConfig, engine_config: EngineConfig) -> KVCache:

@@ -44,7 +44,7 @@ class CacheIdentity:
         cache_group: numbers that share a scale in a quantised cache, else 0.
         cache_rotation: how vectors are turned before they are quantised, "" if they are not.
         page_size: tokens on a page.
-        precision: of the matmuls, "exact" or "fast".
+        precision: of the matmuls, "exact" or "fast"; on a card with "+deterministic" behind it where that is on.
         device: "cpu" or "cuda"; the same precision means other numbers on each.
         format_version: see `FORMAT_VERSION`.
     """
@@ -77,6 +77,8 @@ class CacheIdentity:
         from exl2_rag.llm.engine_config import QUANT_GROUP, QUANTISED_CACHE_BITS
 
         values = dataclasses.asdict(config)
+        # On a card the option chooses other kernels, whose last bits differ; on the CPU there is nothing to choose.
+        on_card_deterministic = "+deterministic" * (engine_config.deterministic and engine_config.device != "cpu")
         is_quantised = engine_config.cache_dtype in QUANTISED_CACHE_BITS
         return cls(
             weights=weights_digest(model_dir) if hash_weights else header_digest(model_dir),
@@ -87,7 +89,7 @@ class CacheIdentity:
             cache_group=QUANT_GROUP if is_quantised else 0,
             cache_rotation="hadamard" if is_quantised else "",
             page_size=engine_config.page_size,
-            precision=engine_config.precision,
+            precision=engine_config.precision + on_card_deterministic,
             device=engine_config.device.partition(":")[0],
         )
 

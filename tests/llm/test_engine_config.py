@@ -124,3 +124,12 @@ def test_a_quantised_cache_holds_more_tokens() -> None:
     assert tokens["q8"] == pytest.approx(tokens["fp16"] * 16 / 8.5, rel=1e-3)
     assert tokens["q4"] == pytest.approx(tokens["fp16"] * 16 / 4.5, rel=1e-3)
     assert tokens["q8"] < tokens["q6"] < tokens["q4"]
+
+
+def test_determinism_is_promised_where_it_can_be_kept_and_refused_elsewhere() -> None:
+    asked = EngineOptions(deterministic=True)
+    assert resolve(asked, SMALL, native=True, free_bytes=GIB).deterministic
+    assert resolved(deterministic=True, device="cuda").deterministic
+    assert not resolved().deterministic
+    with pytest.raises(SettingsError, match="needs the compiled kernels"):
+        resolve(asked, SMALL, native=False, free_bytes=GIB)

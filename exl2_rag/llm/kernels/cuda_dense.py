@@ -29,6 +29,7 @@ def dense_matmul(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    library: bool = True,
 ) -> Tensor:
     """x times the transpose of a plain matrix.
 
@@ -39,12 +40,15 @@ def dense_matmul(
         bias: [N] float32, added.
         residual: [T, N] float32 with contiguous rows: the product is added to it in place, and it is returned.
         out_dtype: float16 or float32; None is the dtype of `x`. Not with `residual`.
+        library: let the library multiply many rows; else our own kernel does, a few rows at a time.
 
     Returns:
         [T, N] in `out_dtype`, or `residual`. Sums are float32.
     """
     if x.shape[0] <= GEMV_ROWS:
         return cuda_small_ops.dense_gemv(backend, x, weight, bias=bias, residual=residual, out_dtype=out_dtype)
+    if not library:
+        return _few_at_a_time(backend, x, weight, bias=bias, residual=residual, out_dtype=out_dtype)
     product = _library_product(x, weight)
     if bias is not None:
         product = product.to(torch.float32) + bias
@@ -52,6 +56,28 @@ def dense_matmul(
         return product.to(out_dtype or x.dtype)
     residual += product
     return residual
+
+
+def _few_at_a_time(
+    backend: Backend,
+    x: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    """As `dense_matmul`, in pieces of at most `GEMV_ROWS` rows."""
+    target = residual
+    if target is None:
+        target = torch.empty((x.shape[0], weight.shape[0]), dtype=out_dtype or x.dtype, device=x.device)
+    for start in range(0, x.shape[0], GEMV_ROWS):
+        rows = slice(start, start + GEMV_ROWS)
+        if residual is not None:
+            cuda_small_ops.dense_gemv(backend, x[rows], weight, bias=bias, residual=residual[rows])
+        else:
+            target[rows] = cuda_small_ops.dense_gemv(backend, x[rows], weight, bias=bias, out_dtype=out_dtype)
+    return target
 
 
 def _library_product(x: Tensor, weight: Tensor) -> Tensor:

@@ -45,12 +45,14 @@ class PackedLinear:
     Attributes:
         bias: [sum of padded widths] float32, or None.
         out_features: true width of each matrix; the padded ones are in `weights`.
+        library: let the library multiply many rows; else a row's bits never depend on the number of rows.
     """
 
     backend: Backend
     weights: CudaWeights
     bias: Tensor | None
     out_features: tuple[int, ...]
+    library: bool = True
 
     @property
     def weight_bytes(self) -> int:
@@ -59,7 +61,9 @@ class PackedLinear:
 
     def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> list[Tensor]:
         """See `CudaLinear`."""
-        product = cuda_matmul.packed_matmul(self.backend, x, self.weights, bias=self.bias, out_dtype=out_dtype)
+        product = cuda_matmul.packed_matmul(
+            self.backend, x, self.weights, bias=self.bias, out_dtype=out_dtype, library_rows=self._library_rows
+        )
         columns, start = [], 0
         for padded, width in zip(self.weights.widths, self.out_features, strict=True):
             columns.append(product[:, start : start + width])
@@ -69,18 +73,28 @@ class PackedLinear:
     def add_to(self, residual: Tensor, x: Tensor) -> None:
         """See `CudaLinear`."""
         if self.weights.out_features == residual.shape[1]:
-            cuda_matmul.packed_matmul(self.backend, x, self.weights, bias=self.bias, residual=residual)
+            cuda_matmul.packed_matmul(
+                self.backend, x, self.weights, bias=self.bias, residual=residual, library_rows=self._library_rows
+            )
         else:
             residual += self(x, torch.float32)[0]
+
+    @property
+    def _library_rows(self) -> int | None:
+        return -1 if self.library else None
 
 
 @dataclass(frozen=True, slots=True)
 class PlainLinear:
-    """A plain matrix [out_features, in_features] of any float dtype; `bias` is float32 or None."""
+    """A plain matrix [out_features, in_features] of any float dtype; `bias` is float32 or None.
+
+    `library` is as for `PackedLinear`.
+    """
 
     backend: Backend
     weight: Tensor
     bias: Tensor | None
+    library: bool = True
 
     @property
     def weight_bytes(self) -> int:
@@ -89,11 +103,15 @@ class PlainLinear:
 
     def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> list[Tensor]:
         """See `CudaLinear`."""
-        return [cuda_dense.dense_matmul(self.backend, x, self.weight, bias=self.bias, out_dtype=out_dtype)]
+        return [
+            cuda_dense.dense_matmul(
+                self.backend, x, self.weight, bias=self.bias, out_dtype=out_dtype, library=self.library
+            )
+        ]
 
     def add_to(self, residual: Tensor, x: Tensor) -> None:
         """See `CudaLinear`."""
-        cuda_dense.dense_matmul(self.backend, x, self.weight, bias=self.bias, residual=residual)
+        cuda_dense.dense_matmul(self.backend, x, self.weight, bias=self.bias, residual=residual, library=self.library)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +142,7 @@ def load_cuda_linear(
     device: torch.device,
     dtype: torch.dtype,
     gptq_format: str | None = None,
+    library: bool = True,
 ) -> CudaLinear:
     """Read matrices that share their input, and lay them side by side if that is possible.
 
@@ -134,6 +153,7 @@ def load_cuda_linear(
         device: where they go.
         dtype: of the activations; plain matrices are brought into it if that loses nothing that matters.
         gptq_format: `checkpoint_format` of the model's `quantization_config`.
+        library: as for `PackedLinear`.
 
     Raises:
         CheckpointError: a matrix is missing or has another shape.
@@ -146,7 +166,7 @@ def load_cuda_linear(
         kind = checkpoint.kind(spec.key)
         if kind == "dense":
             weight = as_activation_dtype(tensors["weight"], dtype)
-            parts.append(PlainLinear(backend, weight, bias))
+            parts.append(PlainLinear(backend, weight, bias, library))
             continue
         if kind == "exl2":
             weights = cuda_prepare.exl2_prepare(*(tensors[name] for name in EXL2_PARTS))
@@ -158,7 +178,7 @@ def load_cuda_linear(
                 tensors.get("g_idx"),
                 zero_offset=zero_offset(gptq_format),
             )
-        parts.append(PackedLinear(backend, weights, bias, (spec.out_features,)))
+        parts.append(PackedLinear(backend, weights, bias, (spec.out_features,), library))
     if len(parts) == 1:
         return parts[0]
     packed = [part for part in parts if isinstance(part, PackedLinear)]
@@ -173,7 +193,7 @@ def _side_by_side(backend: Backend, parts: Sequence[PackedLinear]) -> PackedLine
         zeros = [part.weights.stream.new_zeros(part.weights.out_features, dtype=torch.float32) for part in parts]
         bias = torch.cat([zero if part.bias is None else part.bias for part, zero in zip(parts, zeros, strict=True)])
     widths = tuple(width for part in parts for width in part.out_features)
-    return PackedLinear(backend, cuda_weights.stack([part.weights for part in parts]), bias, widths)
+    return PackedLinear(backend, cuda_weights.stack([part.weights for part in parts]), bias, widths, parts[0].library)
 
 
 def as_activation_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:

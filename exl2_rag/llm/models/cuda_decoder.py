@@ -65,6 +65,7 @@ class CudaDecoder:
         config: what the model is.
         max_seq_len: positions the rotary tables reach; no token may stand beyond.
         dtype: of activations.
+        deterministic: no row's bits depend on what else is computed with it.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class CudaDecoder:
         backend: Backend,
         *,
         dtype: torch.dtype,
+        deterministic: bool = False,
         embedding: Tensor,
         layers: Sequence[CudaLayer],
         norm: RMSNorm,
@@ -81,6 +83,7 @@ class CudaDecoder:
     ) -> None:
         self.config = config
         self.dtype = dtype
+        self.deterministic = deterministic
         self.max_seq_len = rotary.cos.shape[0]
         self.layers = tuple(layers)
         self._backend = backend
@@ -146,7 +149,8 @@ class CudaDecoder:
             q = cuda_small_ops.rope_cache_write(self._backend, q, k, v, *place, k_pages, v_pages)
         scoring, lengths = Scoring(self.config.softmax_scale, layer.sliding_window), inputs.lengths
         # "exact" keeps to our kernel, which gives a row the same bits however its prompt is cut into slices.
-        if self.dtype == torch.float16 and lengths is not None and lengths.longest_slice >= cuda_prefill.MIN_ROWS:
+        may_use_library = self.dtype == torch.float16 and not self.deterministic
+        if may_use_library and lengths is not None and lengths.longest_slice >= cuda_prefill.MIN_ROWS:
             mixed = cuda_prefill.paged_attention(
                 self._backend,
                 q,
@@ -172,12 +176,15 @@ def load_cuda_model(
     device: torch.device,
     max_seq_len: int,
     precision: str = "fast",
+    deterministic: bool = False,
 ) -> CudaDecoder:
     """Check a checkpoint against the config, then read and prepare all its weights; as `registry.load_model`.
 
     Args:
         backend: runs the kernels, on tensors of `device`.
         precision: "fast" (float16 activations) or "exact" (float32).
+        deterministic: keep to kernels that give a row the same bits whatever else is computed with it; long prompts
+            take longer.
 
     Raises:
         CheckpointError: a tensor is missing, misshapen, damaged, or belongs to no part of the model.
@@ -185,7 +192,7 @@ def load_cuda_model(
     """
     if max_seq_len < 1:
         raise SettingsError(f"max_seq_len must be at least 1, got {max_seq_len}")
-    loader = _Loader(config, checkpoint, backend, device, ACTIVATION_DTYPES[precision])
+    loader = _Loader(config, checkpoint, backend, device, ACTIVATION_DTYPES[precision], library=not deterministic)
     try:
         tensor_names.check_tensors(config, checkpoint)
         table = loader.embedding()
@@ -193,6 +200,7 @@ def load_cuda_model(
             config,
             backend,
             dtype=ACTIVATION_DTYPES[precision],
+            deterministic=deterministic,
             embedding=table,
             layers=[loader.layer(index) for index in range(config.n_layers)],
             norm=loader.norm(tensor_names.FINAL_NORM_KEY),
@@ -207,13 +215,21 @@ class _Loader:
     """Reads the parts of one model."""
 
     def __init__(
-        self, config: ModelConfig, checkpoint: Checkpoint, backend: Backend, device: torch.device, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        backend: Backend,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        library: bool,
     ) -> None:
         self._config = config
         self._checkpoint = checkpoint
         self._backend = backend
         self._device = device
         self._dtype = dtype
+        self._library = library
 
     def embedding(self) -> Tensor:
         config = self._config
@@ -240,11 +256,12 @@ class _Loader:
             device=self._device,
             dtype=self._dtype,
             gptq_format=self._config.gptq_format,
+            library=self._library,
         )
 
     def head(self, table: Tensor) -> CudaLinear:
         spec = tensor_names.head_spec(self._config, self._checkpoint)
-        return PlainLinear(self._backend, table, None) if spec is None else self.linear(spec)
+        return PlainLinear(self._backend, table, None, self._library) if spec is None else self.linear(spec)
 
     def layer(self, index: int) -> CudaLayer:
         attention = tensor_names.attention_specs(self._config, index)

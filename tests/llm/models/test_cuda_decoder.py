@@ -8,15 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from exl2_rag.llm.checkpoint import Checkpoint
 from exl2_rag.llm.config import ModelConfig
 from exl2_rag.llm.forward_inputs import ForwardInputs, HostLengths
 from exl2_rag.llm.kernels import cuda_prefill
+from exl2_rag.llm.kv_cache import KVCache
 from exl2_rag.llm.layers.cuda_linear import PackedLinear, SeparateLinears
 from exl2_rag.llm.models.cuda_decoder import CudaDecoder, load_cuda_model
 from tests.cuda_emulation import EmulatedBackend
 from tests.llm.models import parity
+from tests.llm.models.parity import Slice
 from tests.support.synthetic import make_model_dir
 
 TOKENS = 37
@@ -32,7 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def load(model_dir: Path, *, precision: str, arch: int = 80) -> CudaDecoder:
+def load(model_dir: Path, *, precision: str, arch: int = 80, deterministic: bool = False) -> CudaDecoder:
     config = ModelConfig.from_dir(model_dir)
     return load_cuda_model(
         model_dir,
@@ -42,6 +45,7 @@ def load(model_dir: Path, *, precision: str, arch: int = 80) -> CudaDecoder:
         device=parity.CPU,
         max_seq_len=128,
         precision=precision,
+        deterministic=deterministic,
     )
 
 
@@ -102,3 +106,41 @@ def test_matrices_of_one_input_are_multiplied_in_one_launch(tmp_path: Path) -> N
     decoder = load(make_model_dir(tmp_path, quantised=True, layers=1), precision="fast")
     assert isinstance(decoder.layers[0].qkv, PackedLinear | SeparateLinears)
     assert isinstance(decoder.layers[0].gate_up, PackedLinear | SeparateLinears)
+
+
+class WithLengths:
+    """A decoder that is told the lengths of its batch, as the engine tells it."""
+
+    def __init__(self, decoder: CudaDecoder) -> None:
+        self.config, self.max_seq_len, self._decoder = decoder.config, decoder.max_seq_len, decoder
+
+    def forward(self, inputs: ForwardInputs, cache: KVCache) -> Tensor:
+        lengths = HostLengths(tuple(inputs.query_starts.tolist()), tuple(inputs.context_lens.tolist()))
+        return self._decoder.forward(dataclasses.replace(inputs, lengths=lengths), cache)
+
+
+def rows_of(decoder: CudaDecoder, tokens: list[int], lengths: list[int]) -> Tensor:
+    """Logits of a sequence in slices, each together with another sequence, on pages that the library could read."""
+    runner = parity.Runner(WithLengths(decoder), n_sequences=2, dtype=decoder.dtype)
+    parts, start = [], 0
+    for length in lengths:
+        other = Slice(1, 0, tokens[: 1 + start % 5])
+        rows = runner.step([other, Slice(0, start, tokens[start : start + length])])
+        parts.append(rows[len(other.token_ids) :])
+        start += length
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("quantised", [True, False], ids=["exl2", "plain"])
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_deterministic_rows_depend_neither_on_slices_nor_on_the_batch(
+    precision: str, quantised: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_prefill, "MIN_ROWS", 8)
+    model_dir = make_model_dir(tmp_path, quantised=quantised, dtype=torch.float16, intermediate=128, layers=1, vocab=64)
+    tokens = parity.random_tokens(70, 5, 64)  # more than any of our kernels takes at once
+    lengths = [33, 5, 17, *[1] * 15]
+    decoder = load(model_dir, precision=precision, deterministic=True)
+    assert torch.equal(rows_of(decoder, tokens, lengths), rows_of(decoder, tokens, [70]))
+    usual = load(model_dir, precision=precision)
+    assert not torch.equal(rows_of(usual, tokens, lengths), rows_of(usual, tokens, [70])), "this test sees nothing"
