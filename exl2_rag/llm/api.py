@@ -62,8 +62,8 @@ class ExL2LLM(CacheControl, LoraLoading, Scoring):
         page_size: tokens of a cache page; 16, 32, 64, 128 or 256.
         max_batched_tokens: new tokens computed in one step; more is faster for long prompts, and coarser to cancel.
         deterministic: refuse to run where a request's logits could depend, in their last bits, on what else is in the
-            batch, on slices, on cache hits or on preemption. With the compiled CPU kernels they never do, and this costs
-            nothing; on a GPU it keeps to kernels of which that is true, which take longer for long prompts.
+            batch, on slices, on cache hits or on preemption. With the compiled CPU kernels they never do, and it is
+            free of charge; on a GPU it keeps to kernels of which that is true, which take longer for long prompts.
         max_waiting: requests that may wait for a place in the batch; one more fails with QueueFullError. Default: any
             number.
         max_overtakes: requests of higher priority that may be started ahead of one that has waited longer; then that

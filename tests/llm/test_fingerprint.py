@@ -47,6 +47,12 @@ def test_what_changes_the_numbers_of_a_page_counts(model_dir: Path, change: dict
     assert identity(model_dir, **change).digest() != identity(model_dir).digest()
 
 
+def test_determinism_counts_on_a_card_where_it_chooses_other_kernels(model_dir: Path) -> None:
+    assert identity(model_dir, deterministic=True).digest() == identity(model_dir).digest()
+    on_card = identity(model_dir, device="cuda:0").digest()
+    assert identity(model_dir, device="cuda:0", deterministic=True).digest() != on_card
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("rope_theta", 20000.0), ("rms_norm_eps", 1e-3), ("quantization_config", {"bits": 4.5, "quant_method": "exl2"})],
