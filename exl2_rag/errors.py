@@ -35,6 +35,7 @@ these; `assert` is only for what the package itself can get wrong.
      |   +- IndexLockedError           another process has the index open
      |   +- EmbedderMismatchError      the index was built with another embedder
      |   +- TextTooLongError           text longer than the embedder takes
+     +- DownloadError                  fetching a model from the hub
      +- ConversionError                making an EXL2 model: the job, its source, its budget
      |   +- CalibrationError           text, activations or weights that cannot be calibrated with
      +- AnswerError                    a model's answer that does not parse or verify
@@ -189,6 +190,10 @@ class TextTooLongError(RetrievalError):
 
 class AnswerError(Exl2RagError):
     """The model's answer does not parse or does not hold against its sources."""
+
+
+class DownloadError(Exl2RagError):
+    """A model cannot be fetched from the hub."""
 
 
 class ConversionError(Exl2RagError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from exl2_rag.cli import ask, bench, chat, convert, demo, evaluate, generate, index, inspect, kernels
+from exl2_rag.cli import ask, bench, chat, convert, demo, evaluate, generate, index, inspect, kernels, pull
 
 app = typer.Typer(
     name="exl2-rag",
@@ -20,6 +20,7 @@ app.command("chat")(chat.chat)
 app.command("generate")(generate.generate)
 app.command("convert")(convert.convert)
 app.command("inspect")(inspect.inspect)
+app.command("pull")(pull.pull)
 app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)
 app.add_typer(evaluate.app, name="eval")
