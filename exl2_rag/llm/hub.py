@@ -116,13 +116,13 @@ def fetch(
 def _files(model: HubModel, token: str | None) -> list[_File]:
     """What the repository has for us."""
     try:
-        from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
+        from huggingface_hub import HfApi, get_hf_file_metadata, get_token, hf_hub_url
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-        from huggingface_hub.utils import build_hf_headers
     except ImportError as error:
         raise DownloadError("fetching models takes huggingface_hub; install exl2-rag[hub]") from error
     try:
         info = HfApi(token=token).model_info(model.repository, revision=model.revision)
+        secret = token or get_token()
         names = [one.rfilename for one in info.siblings or ()]
         files = []
         for name in names:
@@ -132,7 +132,7 @@ def _files(model: HubModel, token: str | None) -> list[_File]:
             found = get_hf_file_metadata(url, token=token)
             # The token is for the hub alone, not for the store that it may point to.
             same_host = urlsplit(found.location).netloc == urlsplit(url).netloc
-            headers = build_hf_headers(token=token if same_host else False)
+            headers = {"Authorization": f"Bearer {secret}"} if secret and same_host else {}
             files.append(_File(name, found.location, found.size or 0, found.etag or "", headers))
     except GatedRepoError as error:
         raise DownloadError(f"{model} is gated: accept its terms on the hub, then give a token (HF_TOKEN)") from error
