@@ -39,6 +39,7 @@ from exl2_rag.llm.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from exl2_rag.adapters.langchain import ChatExL2
     from exl2_rag.adapters.llama_index import ExL2 as LlamaIndexExL2
+    from exl2_rag.llm.lora.choice import Lora
 
 Tools = Seq[dict[str, Any]]
 

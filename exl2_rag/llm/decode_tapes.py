@@ -12,6 +12,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,9 @@ from exl2_rag.llm.step_arrays import StepArrays
 
 MOST_ROWS = 8
 """Rows of a recorded step. With more, the ops are large enough to be handed out one by one."""
+
+SLICE_ROWS = 4
+"""Rows of a recorded slice of a prompt, few of whose logits are wanted; with more, computing all costs too much."""
 
 MOST_KEPT_ROWS = 32
 """Rows of all recorded steps that are kept at a time: each holds the buffers of one step."""
@@ -61,11 +65,34 @@ class DecodeTapes:
         self._is_recordable = tape.is_available()
 
     def run(self, arrays: StepArrays) -> Tensor | None:
-        """[T, V] logits of a small step, valid until the next one of its size; None if it must run without a tape."""
+        """[L, V] logits of a small step, valid until the next one of its size; None if it must run without a tape."""
         n_rows = len(arrays.token_ids)
-        if not (self._is_recordable and arrays.logit_rows is None and n_rows <= MOST_ROWS):
+        if not self._is_recordable or n_rows > (MOST_ROWS if arrays.logit_rows is None else SLICE_ROWS):
             return None
-        size = (len(arrays.context_lens), n_rows)
+        logits = self._run((len(arrays.context_lens), n_rows), arrays)
+        return logits if arrays.logit_rows is None else logits[torch.from_numpy(arrays.logit_rows)]
+
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        """Record slices of one sequence, which takes longer than to run them, before anyone waits for a token.
+
+        Writes to the first rows of the first page, which must be blank.
+        """
+        for n_rows in range(1, min(SLICE_ROWS, self._cache.page_size) + 1):
+            place = np.arange(n_rows)
+            self.run(
+                StepArrays(
+                    token_ids=np.zeros(n_rows, dtype=np.int64),
+                    positions=place,
+                    slot_mapping=place,
+                    page_table=np.zeros((1, 1), dtype=np.int32),
+                    query_starts=np.array([0, n_rows], dtype=np.int32),
+                    context_lens=np.array([n_rows], dtype=np.int32),
+                    logit_rows=None,
+                )
+            )
+
+    def _run(self, size: tuple[int, int], arrays: StepArrays) -> Tensor:
         inputs = arrays.to(torch.device("cpu"))
         found = self._recorded.get(size)
         if found is None:

@@ -93,6 +93,9 @@ class EngineConfig:
             it is raised to the highest priority; 0: any number.
         max_inter_token_gap: how much longer than usual a step may take because of prefill, as a multiple; then the
             slices of prompts are chosen by measured times. None: by `prefill_beside_decode` alone.
+        prefill_in_turns: while sequences decode, prompts are computed in steps of their own, one after each that
+            decodes. Pays where a decode step is a recorded one, as on a processor; a card reads its weights only once
+            for both.
     """
 
     max_seq_len: int
@@ -108,6 +111,7 @@ class EngineConfig:
     max_waiting: int | None = None
     max_overtakes: int = DEFAULT_MAX_OVERTAKES
     max_inter_token_gap: float | None = None
+    prefill_in_turns: bool = False
 
     @property
     def cache_tokens(self) -> int:
@@ -194,6 +198,7 @@ def resolve(
         max_waiting=options.max_waiting,
         max_overtakes=options.max_overtakes,
         max_inter_token_gap=gap,
+        prefill_in_turns=gap is not None and not on_card,
     )
 
 

@@ -272,6 +272,7 @@ def _runner(
         _give_back_freed_memory()
         cache = make_cache(config, engine_config)
         tapes = DecodeTapes(model, cache, -(-limit // engine_config.page_size))
+        tapes.prepare()
         return ModelRunner(model, cache, device, tapes, shares_prefixes=True)
     cuda_runtime.prepare(backend)
     cuda_model = load_cuda_model(

@@ -69,11 +69,14 @@ class StepPlan:
 
     Attributes:
         failures: sequences that can never run, already removed, and why.
+        n_beside: decoded tokens whose successors wait for this step: its own, or, where prompts are computed in turns
+            with decoding, those of the step before.
     """
 
     copies: list[PageCopy] = field(default_factory=list)
     slices: list[Slice] = field(default_factory=list)
     failures: list[tuple[Sequence, Exl2RagError]] = field(default_factory=list)
+    n_beside: int = 0
 
     @property
     def n_decoded(self) -> int:
@@ -96,6 +99,7 @@ class Scheduler:
         self._n_arrivals = 0
         self._copies: list[PageCopy] = []  # for the next step, of sequences that gave up tokens
         self._n_overtakes = 0
+        self._n_before_turn = 0  # tokens that the last step decoded, if the next one is for prompts alone
         self._times = None if config.max_inter_token_gap is None else StepTimes(config.max_inter_token_gap)
 
     def add(self, sequence: Sequence) -> None:
@@ -210,35 +214,54 @@ class Scheduler:
         plan = StepPlan(copies=self._copies)
         self._copies = []
         decoding = [one for one in self.running if one.is_decoding and one.n_pending <= MOST_DECODED_TOKENS]
+        if self._n_before_turn and decoding:
+            plan.n_beside, self._n_before_turn = self._n_before_turn, 0
+            self._plan_prompts(plan, self._prefill_budget(plan.n_beside), decoding)
+            if plan.slices:
+                return plan
+            plan.n_beside = 0
         n_left = self._config.max_batched_tokens
         for sequence in decoding:
             n_left -= self._plan_slice(plan, sequence, min(sequence.n_pending, n_left), decodes=True)
         self._add_drafts(plan, n_left)
-        budget = self._prefill_budget(plan)
-        n_preemptions = self.n_preemptions
-        for sequence in [one for one in self.running if one not in decoding]:
-            self._admit(plan, budget, ahead_of=sequence)
-            self._plan_prefill(plan, sequence, budget)
-        # One of a guided pair has nothing to compute while it waits for the other.
-        stalled = len(plan.slices) < sum(one.n_pending > 0 for one in self.running) and not budget.is_spent
-        if not stalled and self.n_preemptions == n_preemptions:
-            self._admit(plan, budget)
+        n_decoded = plan.n_decoded
+        if n_decoded and self._config.prefill_in_turns:
+            self._n_before_turn = n_decoded
+        else:
+            self._plan_prompts(plan, self._prefill_budget(n_decoded), decoding)
+            plan.n_beside = plan.n_decoded
         return plan
 
     def measured(self, plan: StepPlan, seconds: float) -> None:
         """Note how long the whole step of `plan` took, for the budgets of later ones."""
-        if self._times is not None and plan.slices:
-            prefill = [(one.start, one.n_tokens) for one in plan.slices if not one.decodes]
-            self._times.add(plan.n_decoded, prefill, seconds)
+        if self._times is None or not plan.slices:
+            return
+        prefill = [(one.start, one.n_tokens) for one in plan.slices if not one.decodes]
+        n_decoded = plan.n_decoded
+        if not n_decoded and plan.n_beside:  # the gap that it makes is that of both steps
+            seconds += self._times.usual_s(plan.n_beside) or 0.0
+        self._times.add(n_decoded or plan.n_beside, prefill, seconds)
 
-    def _prefill_budget(self, plan: StepPlan) -> PrefillBudget:
-        """What a step with the decoded tokens of `plan` may take on beside them."""
-        n_left = self._config.max_batched_tokens - plan.n_decoded
-        if not plan.slices:
+    def _plan_prompts(self, plan: StepPlan, budget: PrefillBudget, decoding: list[Sequence]) -> None:
+        """Plan what is not decoded: the running prompts, and those that can be started."""
+        n_preemptions, n_before = self.n_preemptions, len(plan.slices)
+        prompts = [one for one in self.running if one not in decoding]
+        for sequence in prompts:
+            self._admit(plan, budget, ahead_of=sequence)
+            self._plan_prefill(plan, sequence, budget)
+        # One of a guided pair has nothing to compute while it waits for the other.
+        stalled = len(plan.slices) - n_before < sum(one.n_pending > 0 for one in prompts) and not budget.is_spent
+        if not stalled and self.n_preemptions == n_preemptions:
+            self._admit(plan, budget)
+
+    def _prefill_budget(self, n_decoded: int) -> PrefillBudget:
+        """What may be computed of prompts beside so many decoded tokens."""
+        n_left = self._config.max_batched_tokens - n_decoded
+        if not n_decoded:
             return PrefillBudget(n_left)
         if self._times is None:
             return PrefillBudget(min(n_left, self._config.prefill_beside_decode))
-        return self._times.budget(plan.n_decoded, n_left, self._config.prefill_beside_decode)
+        return self._times.budget(n_decoded, n_left, self._config.prefill_beside_decode)
 
     def _plan_prefill(self, plan: StepPlan, sequence: Sequence, budget: PrefillBudget) -> None:
         start = sequence.n_computed

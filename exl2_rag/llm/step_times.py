@@ -8,8 +8,9 @@ tokens and no prefill. What a slice costs is learned from the steps themselves:
 
 a and b are fitted by least squares of the relative error, with old steps forgotten; where the last steps took longer
 than that says, the allowance shrinks by as much. The first rows may cost nothing, because the weights have to be read
-anyway; so slices grow by half at most from one step to the next. Now and then a step is left without prefill, to see
-what is usual.
+anyway, and one row more may cost much, because another kernel computes it. So slices grow by half at most from one step
+to the next, and of small ones what they cost beyond the fit is remembered for each size. Now and then a step is left
+without prefill, to see what is usual. Where prompts and decoding take turns, the two steps count as one.
 
 A budget changes how a prompt is cut into slices and therefore when its tokens come, never which tokens come.
 """
@@ -18,13 +19,13 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-ALLOWED_SHARE = 0.75
+ALLOWED_SHARE = 0.85
 """Of the promised gap that is planned to be used; the rest is for what steps vary by."""
 
-LEAST_TOKENS = 4
+LEAST_TOKENS = 2
 """A prompt gets on by so many tokens a step, whatever they cost."""
 
 MEASURED_STEPS = 9
@@ -32,6 +33,12 @@ MEASURED_STEPS = 9
 
 STEPS_BEFORE_LOOKING_AGAIN = 64
 """Steps with prefill after which one is left without."""
+
+FEW_TOKENS = 32
+"""Up to so many, what a number of tokens costs beyond the fit is learned for each: kernels change with the rows."""
+
+UNSEEN_EXCESS = 1.5
+"""A small number of tokens that has not been seen yet may cost so many times what the fit says."""
 
 GROWTH = 1.5
 """A slice has at most so many times the tokens of the last one."""
@@ -59,6 +66,7 @@ class PrefillBudget:
     seconds: float | None = None
     _token_s: float = 0.0
     _context_s: float = 0.0
+    _excess: Mapping[int, float] = field(default_factory=dict)
     _is_untouched: bool = True
 
     @property
@@ -78,6 +86,12 @@ class PrefillBudget:
                 low = middle
             else:
                 high = middle - 1
+        while (
+            low
+            and self._cost(start, low) * self._excess.get(low, UNSEEN_EXCESS if low <= FEW_TOKENS else 1.0)
+            > self.seconds
+        ):
+            low -= 1
         return max(low, min(LEAST_TOKENS, self.tokens)) if self._is_untouched else low
 
     def spend(self, start: int, n_tokens: int) -> None:
@@ -145,6 +159,7 @@ class StepTimes:
         self._usual: dict[int, _Usual] = {}
         self._fit = _Fit()
         self._excess = 1.0  # how much longer the last steps took than the fit says
+        self._size_excess: dict[int, float] = {}  # the same for each number of tokens, where they are few
         self._n_last = LEAST_TOKENS  # tokens of the last slice beside decode
         self._looked_for: int | None = None
 
@@ -171,9 +186,8 @@ class StepTimes:
         if costs is None or not usual.seconds:
             return PrefillBudget(min(most_tokens, unmeasured_tokens))
         allowed = statistics.median(usual.seconds) * (self._max_gap * ALLOWED_SHARE - 1)
-        return PrefillBudget(
-            min(most_tokens, int(GROWTH * self._n_last) + LEAST_TOKENS), max(0.0, allowed / self._excess), *costs
-        )
+        most_tokens = min(most_tokens, int(GROWTH * self._n_last) + 1)
+        return PrefillBudget(most_tokens, max(0.0, allowed / self._excess), *costs, self._size_excess)
 
     def add(self, n_decoded: int, slices: Slices, seconds: float) -> None:
         """Note how long a step took."""
@@ -196,6 +210,9 @@ class StepTimes:
             if expected > 0 and usual_s:
                 self._excess += (0.5 if extra > self._excess * expected else 0.1) * (extra / expected - self._excess)
                 self._excess = min(max(self._excess, 1.0), 4.0)
+                if n_tokens <= FEW_TOKENS:
+                    before = self._size_excess.get(n_tokens, extra / expected)
+                    self._size_excess[n_tokens] = before + 0.2 * (extra / expected - before)
             self._n_last = n_tokens
         self._fit.add(n_tokens, reads, extra, seconds)
 

@@ -172,6 +172,32 @@ def test_the_scheduler_cuts_prompts_by_the_times_it_is_told() -> None:
     assert n >= 8
 
 
+def test_prompts_and_decoding_take_turns_where_that_is_asked_for() -> None:
+    one = scheduler(max_inter_token_gap=3.0, max_batched_tokens=20, prefill_in_turns=True)
+    one.add(request(distinct(1, 20)))
+
+    def step() -> list[tuple[int, int]]:
+        plan = one.plan()
+        one.complete(plan)
+        one.measured(plan, 0.010 if plan.slices[0].decodes else 0.001 * sum(part.n_tokens for part in plan.slices))
+        for part in plan.slices:
+            if part.reaches_end:
+                part.sequence.token_ids.append(9)
+        return [(part.sequence.arrival, part.n_tokens) for part in plan.slices]
+
+    assert step() == [(0, 20)]
+    one.add(request(distinct(2, 200)))
+    for _ in range(10):
+        assert step() == [(0, 1)]
+        ((who, n),) = step()
+        assert who == 1
+        assert 0.010 + 0.001 * n <= 0.030
+    assert n >= 8
+    one.remove(one.running[1])
+    assert step() == [(0, 1)]
+    assert step() == [(0, 1)]  # nobody's turn is left empty
+
+
 def test_a_sequence_with_much_to_catch_up_does_not_hold_up_the_others() -> None:
     one = scheduler()
     sequences: list[Sequence] = [request(distinct(n, 4)) for n in (1, 2)]
@@ -191,8 +217,8 @@ def test_a_sequence_with_much_to_catch_up_does_not_hold_up_the_others() -> None:
 def test_the_engine_gives_the_same_tokens_however_prompts_are_cut() -> None:
     from tests.llm.test_priorities import ask
 
-    for gap in (None, 1.5, 3.0, 50.0):
-        engine = toy_engine(max_inter_token_gap=gap)
+    for gap, in_turns in ((None, False), (None, True), (1.5, False), (3.0, False), (3.0, True), (50.0, True)):
+        engine = toy_engine(max_inter_token_gap=gap, prefill_in_turns=in_turns)
         sequences = [ask(engine, [n, *range(1, 60)], 20) for n in range(6)]
         while engine.has_work:
             engine.step()
