@@ -23,7 +23,7 @@ from exl2_rag.llm.engine_config import (
 )
 from exl2_rag.llm.engine_loader import load_engine
 from exl2_rag.llm.engine_thread import EngineThread
-from exl2_rag.llm.fork_point import Constraints, ForkPoint
+from exl2_rag.llm.forking import Forking
 from exl2_rag.llm.health import DEFAULT_STUCK_AFTER_S, EngineHealth
 from exl2_rag.llm.kv_store.open_tiers import TierOptions
 from exl2_rag.llm.lora.loading import LoraLoading
@@ -39,12 +39,11 @@ from exl2_rag.llm.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from exl2_rag.adapters.langchain import ChatExL2
     from exl2_rag.adapters.llama_index import ExL2 as LlamaIndexExL2
-    from exl2_rag.llm.lora.choice import Lora
 
 Tools = Seq[dict[str, Any]]
 
 
-class ExL2LLM(CacheControl, LoraLoading, Scoring):
+class ExL2LLM(CacheControl, LoraLoading, Scoring, Forking):
     """A language model and the engine that runs it. Safe to share between threads and event loops.
 
     A prompt is a text or a list of token ids. Text is ordinary text: what looks like a special token in it is not read
@@ -261,57 +260,6 @@ class ExL2LLM(CacheControl, LoraLoading, Scoring):
                 yield piece
         finally:
             await pieces.aclose()
-
-    def generate_requests(self, requests: Seq[GenerationRequest]) -> list[GenerationResult]:
-        """Run requests as one batch, each with a prompt, sampling, constraint and options of its own.
-
-        Raises:
-            RequestError, EngineError: as for `generate`.
-        """
-        return [_result(pieces) for pieces in self._thread.run_together(map(self._engine.prepare, requests))]
-
-    async def agenerate_requests(self, requests: Seq[GenerationRequest]) -> list[GenerationResult]:
-        """`generate_requests` for a coroutine. Cancelling the task cancels the requests."""
-        return await self._gather(await asyncio.to_thread(lambda: [self._engine.prepare(one) for one in requests]))
-
-    def fork_point(self, prompt: Prompt, *, cache_salt: str | None = None, lora: Lora | None = None) -> ForkPoint:
-        """Compute a prompt, to continue it many times.
-
-        Args:
-            cache_salt, lora: as in `RequestOptions`; they hold for all that goes on from here.
-
-        Raises:
-            RequestError, EngineError: as for `generate`.
-        """
-        token_ids = self._encode(prompt)
-        sequence = self._engine.prepare_prompt(token_ids, keep_pages=True, cache_salt=cache_salt, lora=lora)
-        self._compute(sequence)
-        options = RequestOptions(cache_salt=cache_salt, lora=lora)
-        return ForkPoint(self, token_ids, Pin(self._thread, self._engine, sequence), options)
-
-    def generate_many(
-        self,
-        prefix: Prompt,
-        suffixes: Prompts,
-        sampling: SamplingParams | None = None,
-        *,
-        constraints: Constraints | None = None,
-        **options: Unpack[RequestOptions],
-    ) -> list[GenerationResult]:
-        """Ask many things about one text: compute `prefix` once, and continue it with each of `suffixes` as one batch.
-
-            answers = llm.generate_many(document, ["Q: Who? A:", "Q: When? A:"], sampling)
-            fields = llm.generate_many(document, ["JSON: ", "JSON: "], constraints=[JsonSchema(one), JsonSchema(two)])
-
-        Args:
-            constraints: one for each suffix, where they differ.
-
-        Raises:
-            RequestError, EngineError: as for `generate`; one that fails ends them all.
-        """
-        salt, lora = options.pop("cache_salt", None), options.pop("lora", None)
-        with self.fork_point(prefix, cache_salt=salt, lora=lora) as point:
-            return point.generate(list(suffixes), sampling, constraints=constraints, **options)
 
     # --- chat ------------------------------------------------------------------------------------------------------
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Generator
 from collections.abc import Sequence as Seq
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, Unpack, overload
+from typing import TYPE_CHECKING, Self, Unpack, cast, overload
 
 from exl2_rag.errors import RequestError
 from exl2_rag.llm.pin import Pin
 from exl2_rag.llm.prompts import Prompt, Prompts, as_batch, as_token_ids
 from exl2_rag.llm.request import GenerationRequest, GenerationResult, SamplingParams, StreamPiece
-from exl2_rag.llm.request_options import RequestOptions
+from exl2_rag.llm.request_options import RequestFields, RequestOptions
 
 if TYPE_CHECKING:
     from exl2_rag.llm.api import ExL2LLM
     from exl2_rag.llm.constraint import Constraint
+    from exl2_rag.llm.lora.choice import Lora
 
 Constraints = Seq["Constraint | None"]
 
@@ -40,11 +41,20 @@ class ForkPoint:
         token_ids: the prompt.
     """
 
-    def __init__(self, llm: ExL2LLM, token_ids: tuple[int, ...], pin: Pin, options: RequestOptions) -> None:
+    def __init__(
+        self,
+        llm: ExL2LLM,
+        token_ids: tuple[int, ...],
+        pin: Pin | None = None,
+        *,
+        cache_salt: str | None = None,
+        lora: Lora | None = None,
+    ) -> None:
         self.token_ids = token_ids
         self._llm = llm
         self._pin = pin
-        self._options = options
+        self._cache_salt = cache_salt
+        self._lora = lora
 
     @property
     def n_tokens(self) -> int:
@@ -119,11 +129,12 @@ class ForkPoint:
 
     def fork(self, continuation: Prompt) -> ForkPoint:
         """A fork point further on; only the continuation is computed, and it outlives this one."""
-        return self._llm.fork_point(self._prompt(continuation), **self._options)
+        return self._llm.fork_point(self._prompt(continuation), cache_salt=self._cache_salt, lora=self._lora)
 
     def release(self) -> None:
         """Let the pages go; they stay cached as long as there is room. Harmless when done before."""
-        self._pin.release()
+        if self._pin is not None:
+            self._pin.release()
 
     def __enter__(self) -> Self:
         return self
@@ -141,17 +152,17 @@ class ForkPoint:
         options: RequestOptions,
     ) -> tuple[list[GenerationRequest], bool]:
         parts, is_batch = ([continuation], False) if continuation == "" else as_batch(continuation)
-        options = self._with(options)
+        fields = self._with(options)
         if constraints is not None:
             if options.get("constraint") is not None:
                 raise RequestError("give constraint (for all continuations) or constraints (one for each), not both")
-            if isinstance(constraints, str) or len(constraints) != len(parts):
+            if len(constraints) != len(parts):
                 raise RequestError(
                     f"expected one constraint for each of the {len(parts)} continuations, got {len(constraints)}"
                 )
         requests: list[GenerationRequest] = []
         for place, part in enumerate(parts):
-            own = options if constraints is None else options | RequestOptions(constraint=constraints[place])
+            own = fields if constraints is None else fields | RequestFields(constraint=constraints[place])
             requests.append(GenerationRequest(tuple(self._prompt(part)), sampling or SamplingParams(), **own))
         return requests, is_batch
 
@@ -160,9 +171,12 @@ class ForkPoint:
             return [*self.token_ids, *self._llm.tokenizer.encode_continuation(continuation)]
         return [*self.token_ids, *as_token_ids(continuation)]
 
-    def _with(self, options: RequestOptions) -> RequestOptions:
+    def _with(self, options: RequestOptions) -> RequestFields:
         """The options of a continuation; what names the cache's tree is that of the prompt."""
         for name in ("cache_salt", "lora"):
             if name in options:
                 raise RequestError(f"{name} is a matter of the whole prompt; give it to fork_point")
-        return options | self._options
+        if options.get("overflow", "error") != "error":
+            raise RequestError("overflow would shorten the shared prompt, which is computed already; leave it out")
+        fields = cast(RequestFields, {name: value for name, value in options.items() if name != "overflow"})
+        return fields | RequestFields(cache_salt=self._cache_salt, lora=self._lora)
