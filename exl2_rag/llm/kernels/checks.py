@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from exl2_rag.errors import DeviceError, DTypeError, ShapeError
+from exl2_rag.llm.kernels import work_memory
 from exl2_rag.llm.kernels.weights import TILE_COLUMNS, Group, parse_groups
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -111,17 +112,19 @@ def check_gptq_parts(op: str, qweight: Tensor, qzeros: Tensor, scales: Tensor, g
     check_devices(op, qweight, qzeros, scales)
 
 
-def product_target(op: str, x: Tensor, width: int, bias: Tensor | None, add_to: Tensor | None) -> Tensor:
-    """Where a product [T, width] of the T rows of `x` goes: `add_to`, checked like `bias`, or new memory."""
+def product_target(op: str, x: Tensor, n_rows: int, width: int, bias: Tensor | None, add_to: Tensor | None) -> Tensor:
+    """Where a product [n_rows, width] with `x` goes: `add_to`, checked like `bias`, or new memory where `x` is."""
     if bias is not None:
         check_float(op, "bias", bias, 1)
         check_devices(op, x, bias)
         if bias.shape[0] != width or not bias.is_contiguous():
             raise ShapeError(f"{op}: bias must be [{width}] and contiguous, it is {list(bias.shape)}")
     if add_to is None:
-        return x.new_empty((x.shape[0], width))
+        if type(x) is Tensor and x.device.type == "cpu":  # fake tensors have no memory
+            return work_memory.empty((n_rows, width), torch.float32)
+        return x.new_empty((n_rows, width), dtype=torch.float32)
     check_float(op, "add_to", add_to, 2)
     check_devices(op, x, add_to)
-    if add_to.shape != (x.shape[0], width) or not add_to.is_contiguous():
-        raise ShapeError(f"{op}: add_to must be [{x.shape[0]}, {width}] and contiguous, it is {list(add_to.shape)}")
+    if add_to.shape != (n_rows, width) or not add_to.is_contiguous():
+        raise ShapeError(f"{op}: add_to must be [{n_rows}, {width}] and contiguous, it is {list(add_to.shape)}")
     return add_to

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import ctypes
 
-import torch
 from torch import Tensor
 
 from exl2_rag.errors import ShapeError
-from exl2_rag.llm.kernels import kv_format, reference_attention
+from exl2_rag.llm.kernels import kv_format, reference_attention, work_memory
 from exl2_rag.llm.kernels.cpu_ops import DTYPES, at, at_or_null, call, structure
 from exl2_rag.llm.kernels.paged_batch import PagedBatch, Scoring
 
@@ -45,7 +44,7 @@ def paged_attention(
     sinks = None if scoring.sinks is None else scoring.sinks.contiguous()
     rows, heads, dim = q.shape
     n_pages, page_size, kv_heads, row_bytes = k.shape
-    y = torch.empty_like(q)
+    y = work_memory.empty(tuple(q.shape), q.dtype)
     arguments = _PagedAttention(
         at(q),
         at(k),
@@ -104,7 +103,7 @@ def quantise_kv_write(
     """See `ops.quantise_kv_write`."""
     q, k, v, cos, sin = q.contiguous(), k.contiguous(), v.contiguous(), cos.contiguous(), sin.contiguous()
     positions, slot_mapping = positions.contiguous(), slot_mapping.contiguous()
-    rotated = torch.empty_like(q)
+    rotated = work_memory.empty(tuple(q.shape), q.dtype)
     rows, heads, dim = q.shape
     n_pages, page_size, kv_heads, row_bytes = k_codes.shape
     if rows:

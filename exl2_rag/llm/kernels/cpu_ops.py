@@ -10,9 +10,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from exl2_rag.llm.kernels import status, tape
+from exl2_rag.llm.kernels import status, tape, work_memory
 from exl2_rag.llm.kernels.weight_memory import WeightMemory
-from exl2_rag.llm.kernels.weights import CHUNK_ROWS, TILE_COLUMNS
+from exl2_rag.llm.kernels.weights import CHUNK_ROWS, FEW_ROWS, TILE_COLUMNS
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _FIELD_TYPES = {"*": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float}
@@ -31,11 +31,11 @@ _Exl2Matmul = structure(
 _GptqMatmul = structure("GptqMatmul", "*:x l:rows l:in l:out *:codes *:scales *:zeros *:row_groups l:n_groups *:y")
 _Exl2Planes = structure("Exl2Planes", "*:words l:packed_rows l:out *:groups l:n_groups *:scale_words *:planes *:scales")
 _GptqPlanes = structure("GptqPlanes", "*:words l:in l:out *:perm *:planes")
-_Digits = structure("Digits", "*:x l:rows l:in *:perm *:digits *:scales *:sums")
+_Digits = structure("Digits", "*:x l:rows l:in *:perm i:whole *:numbers *:scales *:sums")
 _PlaneMatmul = structure(
     "PlaneMatmul",
-    "*:digits *:x_scales *:sums l:rows l:in l:out *:planes l:packed_rows *:scales *:group_scales *:zeros *:groups "
-    "l:n_groups *:bias i:accumulate *:y",
+    "i:whole *:numbers *:x_scales *:sums l:rows l:in l:out *:planes l:packed_rows *:scales *:group_scales *:zeros "
+    "*:groups l:n_groups *:bias i:accumulate *:y",
 )
 _Embedding = structure("Embedding", "*:table i:dtype l:n_ids l:columns *:ids l:rows *:y")
 _AddInto = structure("AddInto", "*:x l:count *:y")
@@ -176,11 +176,17 @@ def digits(library: ctypes.CDLL, x: Tensor, perm: Tensor) -> tuple[Tensor, Tenso
     x = x.contiguous()
     rows, in_features = x.shape
     chunks = in_features // CHUNK_ROWS
-    numbers = torch.empty((rows, chunks, 2 * CHUNK_ROWS), dtype=torch.int8)
-    scales = torch.empty((rows, chunks), dtype=torch.float32)
-    sums = torch.empty((rows, chunks), dtype=torch.int32)
+    whole = rows > FEW_ROWS
+    shape = (chunks, rows) if whole else (rows, chunks)
+    numbers = (
+        work_memory.empty((*shape, CHUNK_ROWS), torch.int16)
+        if whole
+        else torch.empty((*shape, 2 * CHUNK_ROWS), dtype=torch.int8)
+    )
+    scales = torch.empty(shape, dtype=torch.float32)
+    sums = torch.empty(shape, dtype=torch.int32)
     if rows:
-        arguments = _Digits(at(x), rows, in_features, at_or_null(perm), at(numbers), at(scales), at(sums))
+        arguments = _Digits(at(x), rows, in_features, at_or_null(perm), int(whole), at(numbers), at(scales), at(sums))
         call(library, "digits", arguments)
     return numbers, scales, sums
 
@@ -203,11 +209,12 @@ def plane_matmul(
     rows, out_features = y.shape
     if rows:
         arguments = _PlaneMatmul(
+            int(digits.dtype == torch.int16),
             at(digits),
             at(x_scales),
             at(sums),
             rows,
-            digits.shape[1] * CHUNK_ROWS,
+            digits.numel() // rows if digits.dtype == torch.int16 else digits.numel() // (2 * rows),
             out_features,
             at(planes),
             planes.shape[1],
@@ -226,7 +233,7 @@ def plane_matmul(
 def embedding(library: ctypes.CDLL, table: Tensor, token_ids: Tensor) -> Tensor:
     """See `ops.embedding`."""
     token_ids = token_ids.contiguous()
-    y = torch.empty((token_ids.shape[0], table.shape[1]), dtype=torch.float32)
+    y = work_memory.empty((token_ids.shape[0], table.shape[1]), torch.float32)
     arguments = _Embedding(
         at(table), DTYPES[table.dtype], table.shape[0], table.shape[1], at(token_ids), token_ids.shape[0], at(y)
     )
@@ -243,7 +250,7 @@ def add_into(library: ctypes.CDLL, y: Tensor, x: Tensor) -> None:
 def rms_norm(library: ctypes.CDLL, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `ops.rms_norm`."""
     x, weight = x.contiguous(), weight.contiguous()
-    y = torch.empty_like(x)
+    y = work_memory.empty(tuple(x.shape), x.dtype)
     if x.numel():
         arguments = _RmsNorm(at(x), at(weight), x.shape[0], x.shape[1], eps, at(y))
         call(library, "rms_norm", arguments)
@@ -253,7 +260,7 @@ def rms_norm(library: ctypes.CDLL, x: Tensor, weight: Tensor, eps: float) -> Ten
 def silu_mul(library: ctypes.CDLL, gate: Tensor, up: Tensor) -> Tensor:
     """See `ops.silu_mul`."""
     gate, up = gate.contiguous(), up.contiguous()
-    y = torch.empty_like(gate)
+    y = work_memory.empty(tuple(gate.shape), gate.dtype)
     if gate.numel():
         call(library, "silu_mul", _SiluMul(at(gate), at(up), gate.numel(), at(y)))
     return y
@@ -281,7 +288,7 @@ def rope_cache_write(
     """See `ops.rope_cache_write`."""
     q, k, v, cos, sin = q.contiguous(), k.contiguous(), v.contiguous(), cos.contiguous(), sin.contiguous()
     positions, slot_mapping = positions.contiguous(), slot_mapping.contiguous()
-    rotated = torch.empty_like(q)
+    rotated = work_memory.empty(tuple(q.shape), q.dtype)
     rows, heads, dim = q.shape
     n_pages, page_size, kv_heads, _ = k_pages.shape
     if rows:

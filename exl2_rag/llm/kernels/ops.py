@@ -234,7 +234,7 @@ def dense_matmul(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, add_t
             f"its strides {list(weight.stride())}"
         )
     check_devices("dense_matmul", x, weight)
-    y = product_target("dense_matmul", x, weight.shape[0], bias, add_to)
+    y = product_target("dense_matmul", x, x.shape[0], weight.shape[0], bias, add_to)
     registry.dense_matmul(y, x, weight, bias, add_to is not None)
     return y
 

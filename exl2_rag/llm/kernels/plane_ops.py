@@ -136,13 +136,12 @@ def plane_matmul(
     Raises:
         ShapeError, DTypeError: the tensors do not fit.
     """
-    chunks = x.scales.shape[1]
-    if chunks * CHUNK_ROWS != weights.in_features:
-        raise ShapeError(f"plane_matmul: x must have {weights.in_features} columns, it has {chunks * CHUNK_ROWS}")
+    if x.in_features != weights.in_features:
+        raise ShapeError(f"plane_matmul: x must have {weights.in_features} columns, it has {x.in_features}")
     columns = weights.out_features if width is None else width
     if not 0 <= weights.out_features - columns < 32:
         raise ShapeError(f"plane_matmul: width must be {weights.out_features} or up to 31 less, it is {columns}")
-    y = checks.product_target("plane_matmul", x.scales, columns, bias, add_to)
+    y = checks.product_target("plane_matmul", x.scales, x.n_rows, columns, bias, add_to)
     registry.plane_matmul(
         y,
         x.digits,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from exl2_rag.errors import ShapeError
 from exl2_rag.llm.kernels import codes as bit_codes
-from exl2_rag.llm.kernels.weights import CHUNK_ROWS, TILE_COLUMNS, Digits, Group, PlaneWeights
+from exl2_rag.llm.kernels.weights import CHUNK_ROWS, FEW_ROWS, TILE_COLUMNS, WHOLE_ORDER, Digits, Group, PlaneWeights
 
 LARGEST_NUMBER = 127 * 128
 """Activations become whole numbers from minus this to this."""
@@ -89,11 +89,26 @@ def digits(x: Tensor, perm: Tensor) -> Digits:
     # A number divided by a tensor would be a reciprocal and a product, rounded twice.
     factors = torch.where(used, torch.full_like(largest, LARGEST_NUMBER) / largest, 0.0)
     numbers = torch.where(used[..., None], chunks * factors[..., None], 0.0).round().to(torch.int32)
-    high = (numbers + 64) >> 7
     scales = torch.where(used, largest / LARGEST_NUMBER, torch.where(finite, 0.0, float("nan")))
-    return Digits(
-        torch.cat((high, numbers - (high << 7)), dim=-1).to(torch.int8), scales, numbers.sum(-1, dtype=torch.int32)
-    )
+    if x.shape[0] > FEW_ROWS:
+        whole = numbers.transpose(0, 1)[..., WHOLE_ORDER]
+        halves = whole.to(torch.int64).unflatten(-1, (2, -1))
+        products = (halves[..., 0, :] * halves[..., 1, :]).sum(-1)
+        # As a number of 32 bits, which wraps around.
+        wrapped = (products + (1 << 31)) % (1 << 32) - (1 << 31)
+        return Digits(whole.to(torch.int16).contiguous(), scales.T.contiguous(), wrapped.to(torch.int32))
+    high = (numbers + 64) >> 7
+    two = torch.cat((high, numbers - (high << 7)), dim=-1).to(torch.int8)
+    return Digits(two, scales, numbers.sum(-1, dtype=torch.int32))
+
+
+def numbers_of(x: Digits) -> Tensor:
+    """The whole numbers [T, K/32, 32] int32, rows in stored order."""
+    if not x.is_whole:
+        return x.digits[..., :CHUNK_ROWS].to(torch.int32) * 128 + x.digits[..., CHUNK_ROWS:]
+    numbers = torch.empty_like(x.digits, dtype=torch.int32)
+    numbers[..., WHOLE_ORDER] = x.digits.to(torch.int32)
+    return numbers.transpose(0, 1)
 
 
 def plane_column_scales(weights: PlaneWeights, first: int, last: int) -> Tensor:
@@ -123,12 +138,10 @@ def plane_codes(weights: PlaneWeights, first: int, last: int) -> Tensor:
 
 def plane_matmul(x: Digits, weights: PlaneWeights, *, width: int | None = None, bias: Tensor | None = None) -> Tensor:
     """The product of what `x` stands for and the matrix, decoded a few tiles at a time."""
-    numbers = x.digits[..., :CHUNK_ROWS].to(torch.int32) * 128 + x.digits[..., CHUNK_ROWS:]
-    if numbers.shape[1] * CHUNK_ROWS != weights.in_features:
-        raise ShapeError(
-            f"plane_matmul: x must have {weights.in_features} columns, it has {numbers.shape[1] * CHUNK_ROWS}"
-        )
-    stored = (numbers.double() * x.scales.double()[..., None]).flatten(1)
+    if x.in_features != weights.in_features:
+        raise ShapeError(f"plane_matmul: x must have {weights.in_features} columns, it has {x.in_features}")
+    scales_of_rows = x.scales.T if x.is_whole else x.scales
+    stored = (numbers_of(x).double() * scales_of_rows.double()[..., None]).flatten(1)
     rows_of_group = weights.groups[:, 1].to(torch.int64)
     step = max(1, _MAX_DECODED // (weights.in_features * TILE_COLUMNS))
     parts = []

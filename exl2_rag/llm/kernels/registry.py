@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from exl2_rag.llm.kernels import cpu_ops, cuda_ops, native, reference, reference_planes
-from exl2_rag.llm.kernels.weights import CHUNK_ROWS, TILE_COLUMNS, Digits, Exl2Weights, GptqWeights, PlaneWeights
+from exl2_rag.llm.kernels.weights import (
+    CHUNK_ROWS,
+    FEW_ROWS,
+    TILE_COLUMNS,
+    Digits,
+    Exl2Weights,
+    GptqWeights,
+    PlaneWeights,
+)
 
 _new_library: Any = torch.library.Library  # torch ships it without annotations
 _library = _new_library("exl2_rag", "DEF")
@@ -81,9 +89,10 @@ def _cpu_plane_matmul(
             library, y, digits, x_scales, sums, planes, scales, group_scales, zeros, groups, bias, accumulate
         )
         return
-    in_features, out_features = digits.shape[1] * CHUNK_ROWS, planes.shape[0] * TILE_COLUMNS
-    weights = PlaneWeights(planes, scales, group_scales, zeros, groups, groups[:0], in_features, out_features)
-    product = reference_planes.plane_matmul(Digits(digits, x_scales, sums), weights, width=y.shape[1], bias=bias)
+    x = Digits(digits, x_scales, sums)
+    out_features = planes.shape[0] * TILE_COLUMNS
+    weights = PlaneWeights(planes, scales, group_scales, zeros, groups, groups[:0], x.in_features, out_features)
+    product = reference_planes.plane_matmul(x, weights, width=y.shape[1], bias=bias)
     y.copy_(y + product if accumulate else product)
 
 
@@ -155,9 +164,13 @@ def _fake_tiled_matmul(x: Tensor, codes: Tensor, *_rest: Tensor) -> Tensor:
 
 
 def _fake_digits(x: Tensor, _perm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (x.shape[0], x.shape[1] // CHUNK_ROWS)
+    n_rows, n_chunks = x.shape[0], x.shape[1] // CHUNK_ROWS
+    whole = n_rows > FEW_ROWS
+    shape = (n_chunks, n_rows) if whole else (n_rows, n_chunks)
     return (
-        x.new_empty((*shape, 2 * CHUNK_ROWS), dtype=torch.int8),
+        x.new_empty((*shape, CHUNK_ROWS), dtype=torch.int16)
+        if whole
+        else x.new_empty((*shape, 2 * CHUNK_ROWS), dtype=torch.int8),
         x.new_empty(shape),
         x.new_empty(shape, dtype=torch.int32),
     )

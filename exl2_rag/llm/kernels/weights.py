@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 TILE_COLUMNS = 32
@@ -145,18 +146,47 @@ class PlaneWeights:
         return sum(part.nbytes for part in parts)
 
 
+FEW_ROWS = 4
+"""Rows that are multiplied by codes as they lie in memory; `kMostTokens` of cpu/plane_matmul.cpp."""
+
+WHOLE_ORDER = tuple(4 * (i % 16 // 2) + i % 2 + 2 * (i // 16) for i in range(CHUNK_ROWS))
+"""Stored rows of a chunk as many tokens have them: the first two of each four, then the last two."""
+
+
 @dataclass(frozen=True, slots=True)
 class Digits:
     """Activations as whole numbers of 15 bits, 32 stored rows to a scale. Made by `ops.digits`.
 
-    x[t, 32 * c + i] is about scales[t, c] * (128 * digits[t, c, i] + digits[t, c, 32 + i]).
+    Up to `FEW_ROWS` tokens have two digits of each number:
+
+        x[t, 32 * c + i] is about scales[t, c] * (128 * digits[t, c, i] + digits[t, c, 32 + i])
+
+    More tokens have the numbers themselves, those of a chunk in `WHOLE_ORDER`:
+
+        x[t, 32 * c + WHOLE_ORDER[i]] is about scales[c, t] * digits[c, t, i]
 
     Attributes:
-        digits: [T, K/32, 64] int8, 32 high digits and then 32 low ones.
-        scales: [T, K/32] float32.
-        sums: [T, K/32] int32, the sum of a chunk's whole numbers.
+        digits: [T, K/32, 64] int8, 32 high digits and then 32 low ones; or [K/32, T, 32] int16.
+        scales: [T, K/32] or [K/32, T] float32.
+        sums: [T, K/32] int32, the sum of a chunk's numbers; or [K/32, T] int32, the sum over i < 16 of the products of
+            numbers i and 16 + i, modulo 2^32.
     """
 
     digits: Tensor
     scales: Tensor
     sums: Tensor
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether these are numbers, not digits."""
+        return self.digits.dtype == torch.int16
+
+    @property
+    def n_rows(self) -> int:
+        """T."""
+        return self.digits.shape[1 if self.is_whole else 0]
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.digits.shape[0 if self.is_whole else 1] * CHUNK_ROWS

@@ -60,6 +60,7 @@ class Attention:
             assert isinstance(k_pages, Tensor)
             assert isinstance(v_pages, Tensor)
             queries = ops.rope_cache_write(q, k, v, *place, k_pages, v_pages)
+        del normed, q, k, v  # of a long prompt worth freeing
         scoring = ops.Scoring(self.softmax_scale, self.sliding_window)
         mixed = ops.paged_attention(queries, k_pages, v_pages, inputs.batch, scoring)
         self.o_proj(Activations(mixed.flatten(1), inputs.token_lora), add_to=add_to)

@@ -11,6 +11,9 @@ from exl2_rag.llm.layers.activations import Activations
 from exl2_rag.llm.layers.linear import Linear
 from exl2_rag.llm.layers.lora import LoraRows
 
+MOST_ROWS = 256
+"""Rows at a time: they do not depend on each other, and of a long prompt these buffers are the largest."""
+
 
 @dataclass(frozen=True, slots=True)
 class GatedMLP:
@@ -30,8 +33,16 @@ class GatedMLP:
 
         `lora` are the adapters at work on the rows.
         """
+        if lora is not None or x.shape[0] <= MOST_ROWS:  # adapters know the rows of a whole step only
+            self._add_rows(x, add_to, lora)
+            return
+        for rows, target in zip(x.split(MOST_ROWS), add_to.split(MOST_ROWS), strict=True):
+            self._add_rows(rows, target, None)
+
+    def _add_rows(self, x: Tensor, add_to: Tensor, lora: LoraRows | None) -> None:
+        self.down_proj(Activations(self._gated(x, lora), lora), add_to=add_to)
+
+    def _gated(self, x: Tensor, lora: LoraRows | None) -> Tensor:
         inputs = Activations(x, lora)
         gate, up = self.gate_proj(inputs), self.up_proj(inputs)
-        # In place where that can be: of a long prompt this is the largest buffer.
-        gated = ops.silu_mul_into(gate, up) if gate.is_contiguous() else ops.silu_mul(gate, up)
-        self.down_proj(Activations(gated, lora), add_to=add_to)
+        return ops.silu_mul_into(gate, up) if gate.is_contiguous() else ops.silu_mul(gate, up)

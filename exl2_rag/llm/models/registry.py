@@ -51,12 +51,14 @@ def load_model(
     try:
         tensor_names.check_tensors(config, checkpoint)
         embedding = loader.embedding()
+        # The head before the layers: the largest matrix, for a moment in memory twice.
+        head = AdaptedLinear(loader.head(embedding), tensor_names.HEAD_KEY)
         return Decoder(
             config,
             embedding=embedding,
             layers=[loader.layer(index) for index in range(config.n_layers)],
             norm=loader.norm(tensor_names.FINAL_NORM_KEY),
-            head=AdaptedLinear(loader.head(embedding), tensor_names.HEAD_KEY),
+            head=head,
             rotary=Rotary(config.rope, rotary_dim=config.head_dim, max_seq_len=max_seq_len, device=device),
         )
     except CheckpointError as error:

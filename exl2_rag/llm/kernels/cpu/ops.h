@@ -65,13 +65,15 @@ struct Digits {
     const float* x;                 // [rows, in], in a multiple of 32
     int64_t rows, in;
     const int32_t* perm;            // [in], the column of x that each stored row takes; or null
-    int8_t* digits;                 // [rows, in / 32, 64]
-    float* scales;                  // [rows, in / 32]
-    int32_t* sums;                  // [rows, in / 32]
+    int whole;                      // 1: whole numbers; 0: two digits of each
+    void* numbers;                  // whole: int16 [in / 32, rows, 32]; else int8 [rows, in / 32, 64]
+    float* scales;                  // whole: [in / 32, rows]; else [rows, in / 32]
+    int32_t* sums;                  // likewise
 };
 
 struct PlaneMatmul {
-    const int8_t* digits;           // of Digits
+    int whole;                      // of Digits
+    const void* numbers;
     const float* x_scales;
     const int32_t* sums;
     int64_t rows, in, out;          // out: columns of y; the matrix has them rounded up to whole tiles

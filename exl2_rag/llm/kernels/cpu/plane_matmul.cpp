@@ -188,7 +188,6 @@ struct Job {
     const Piece* pieces;
     int n_pieces;
     const float* group_scales;  // as float32
-    WholeRows whole;            // where T > kMostTokens
 };
 
 // The scales of a tile, [n_groups, 32], rounded as the format rounds them.
@@ -211,9 +210,9 @@ void tile_scales(const Job& job, int64_t tile, float* out) {
     }
 }
 
-// y [T, 32] of a tile straight from the planes, T <= kMostTokens.
+// y [T, 32] of a tile straight from the planes, T <= kMostTokens; x in digits.
 void multiply_packed(const Job& job, const uint8_t* units, TileTables tables, float* y) {
-    Numbers x{job.args.digits, job.args.x_scales, job.args.sums, job.args.in / kChunkRows};
+    Numbers x{static_cast<const int8_t*>(job.args.numbers), job.args.x_scales, job.args.sums, job.args.in / kChunkRows};
     for (int next = 0; next < job.n_pieces;) {
         const Piece* pieces = job.pieces + next;
         const int bits = pieces->bits;
@@ -226,10 +225,10 @@ void multiply_packed(const Job& job, const uint8_t* units, TileTables tables, fl
     }
 }
 
-// The same for any T. spread: room for kSpreadChunks chunks.
+// The same for any T, x in whole numbers. spread: room for kSpreadChunks chunks.
 template <bool kBySums>
 void multiply_spread(const Job& job, const uint8_t* units, TileTables tables, int16_t* spread, float* y) {
-    WholeRows x = job.whole;
+    WholeRows x{static_cast<const int16_t*>(job.args.numbers), job.args.x_scales, job.args.sums, job.args.rows};
     for (int next = 0; next < job.n_pieces;) {
         const Piece* pieces = job.pieces + next;
         int n = 0, chunks = 0;
@@ -261,7 +260,7 @@ bool multiply_tile(const void* context, int64_t tile) {
     tile_scales(job, tile, scales);
     const TileTables tables{scales, args.zeros == nullptr ? nullptr : args.zeros + tile * args.n_groups * kTileColumns};
     const uint8_t* units = args.planes + tile * args.packed_rows * kUnitBytes;
-    if (args.rows <= kMostTokens) multiply_packed(job, units, tables, y);
+    if (args.whole == 0) multiply_packed(job, units, tables, y);
     else multiply_spread<kBySums>(job, units, tables, reinterpret_cast<int16_t*>(memory), y);
 
     const int64_t first = tile * kTileColumns;
@@ -280,12 +279,10 @@ template <bool kBySums>
 int multiply(const PlaneMatmul& args) {
     static_assert(alignof(Piece) <= alignof(float), "pieces lie behind floats");
     const int64_t chunks = args.in / kChunkRows;
-    const bool few = args.rows <= kMostTokens;
-    const int64_t whole_words = few ? 0 : WholeRows::words(args.rows, chunks);
+    if (args.whole == 0 && args.rows > kMostTokens) return kOutOfRange;
     const int64_t piece_words = chunks * static_cast<int64_t>(sizeof(Piece) / sizeof(float));
-    float* memory = scratch(1, static_cast<size_t>(whole_words + args.n_groups + piece_words));
-    if (memory == nullptr) return kNoMemory;
-    float* group_scales = memory + whole_words;
+    float* group_scales = scratch(1, static_cast<size_t>(args.n_groups + piece_words));
+    if (group_scales == nullptr) return kNoMemory;
     Piece* pieces = reinterpret_cast<Piece*>(group_scales + args.n_groups);
     int n_pieces = 0;
     for (int64_t group = 0; group < args.n_groups; ++group) {
@@ -293,8 +290,7 @@ int multiply(const PlaneMatmul& args) {
         for (int left = args.groups[2 * group + 1] / kChunkRows; left > 0; left -= kPieceChunks)
             pieces[n_pieces++] = {left < kPieceChunks ? left : kPieceChunks, args.groups[2 * group], static_cast<int32_t>(group)};
     }
-    Job job{args, pieces, n_pieces, group_scales, {}};
-    if (!few) job.whole = whole_rows<kBySums>(args, memory);
+    const Job job{args, pieces, n_pieces, group_scales};
     // Reading a weight from memory costs about as much as sixteen of these multiply-adds.
     const int64_t cost = args.in * args.out * (args.rows + 16) / 8;
     return run_tasks((args.out + kTileColumns - 1) / kTileColumns, cost, multiply_tile<kBySums>, &job) ? kOk : kNoMemory;

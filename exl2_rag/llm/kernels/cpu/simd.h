@@ -237,6 +237,15 @@ inline void store_bytes(int8_t* to, VecInt value) {
 #endif
 }
 
+// The low half of each lane.
+inline void store_shorts(int16_t* to, VecInt value) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(value)));
+#else
+    for (int i = 0; i < kLanes; ++i) to[i] = static_cast<int16_t>(value[i]);
+#endif
+}
+
 // (a & mask) | b, where b has no bits of the mask.
 inline VecUint and_or(VecUint a, uint32_t mask, VecUint b) {
 #if defined(__AVX512F__)
@@ -326,6 +335,21 @@ inline int32_t lane_sum(VecInt value) {
     for (int i = 0; i < kLanes; ++i) sum += value[i];
     return sum;
 #endif
+}
+
+// The same, and sum + a * b, modulo 2^32.
+inline int32_t wrapping_lane_sum(VecInt value) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_epi32(reinterpret_cast<__m512i>(value));
+#else
+    uint32_t sum = 0;
+    for (int i = 0; i < kLanes; ++i) sum += static_cast<uint32_t>(value[i]);
+    return static_cast<int32_t>(sum);
+#endif
+}
+
+inline VecInt wrapping_mul_add(VecInt a, VecInt b, VecInt sum) {
+    return reinterpret_cast<VecInt>(reinterpret_cast<VecUint>(a) * reinterpret_cast<VecUint>(b) + reinterpret_cast<VecUint>(sum));
 }
 
 // e^x to about 1.5 units in the last place; 0 below -87.3, e^88.3 above 88.3, NaN for NaN.

@@ -1,8 +1,8 @@
 // Products of many rows: codes spread out to 16 bits, zero subtracted, times whole n of 15 bits, exact in 32 bits.
 //
 // Codes of a chunk lie as [16 pairs of rows][32 columns][2], 2 KiB that stay in the first cache while all rows of x pass by.
-// x is laid out anew, chunk by chunk: rows that are multiplied together then lie together. At their own distance, often a
-// multiple of 4 KiB, they would push each other out of the first cache.
+// x has the order of digits.cpp for many rows, chunk by chunk: rows that are multiplied together lie together. At their own
+// distance, often a multiple of 4 KiB, they would push each other out of the first cache.
 //
 // A 16-bit product takes a multiplier; an addition takes any of twice as many units on processors that cut 512-bit vectors
 // in halves. There two products are had for one multiplication and two additions (S. Winograd, "A new algorithm for inner
@@ -11,8 +11,8 @@
 //     (w_a + n_c)(w_c + n_a) + (w_b + n_d)(w_d + n_b)
 //         = w_a n_a + w_b n_b + w_c n_c + w_d n_d  +  (w_a w_c + w_b w_d)  +  (n_a n_c + n_b n_d)
 //
-// The two brackets depend on the column alone and on the row of x alone; their sums over a chunk are made once and taken
-// off. Sums of 32 bits wrap around, but what is left in the end is a small number, so it is exact. Two of three rows go that
+// The two brackets depend on the column alone and on the row of x alone; their sums over a chunk are made once, here and in
+// digits.cpp, and taken off. Sums of 32 bits wrap around, but what is left in the end is a small number, so it is exact. Two of three rows go that
 // way and one goes directly, which keeps both kinds of units busy; no result depends on which.
 #pragma once
 
@@ -89,14 +89,12 @@ int16_t* spread_piece(const uint8_t* units, Piece piece, const uint8_t* zeros, i
     return out;
 }
 
-// Rows of x: [chunks][rows] of 32 numbers, of their scale and of their bracket.
+// Rows of x, from a chunk and a row on: [chunks][rows] of 32 numbers, of their scale and of their bracket.
 struct WholeRows {
     const int16_t* numbers;
     const float* scales;
     const int32_t* brackets;
     int64_t rows;
-
-    static int64_t words(int64_t rows, int64_t chunks) { return rows * chunks * (kChunkRows / 2 + 2); }
 
     WholeRows at(int64_t chunk, int64_t row) const {
         const int64_t index = chunk * rows + row;
@@ -126,8 +124,8 @@ EXL2_ALWAYS_INLINE void multiply_chunk(const int16_t* codes, const int16_t* numb
             second[v] = reinterpret_cast<VecInt>(load_words(words + kTileColumns));
         }
         for (int t = 0; t < kTokens; ++t) {
-            const int16_t* four = numbers + t * kChunkRows + 4 * quad;
-            const VecInt x_first = splat_pair(four), x_second = splat_pair(four + 2);
+            const int16_t* pair = numbers + t * kChunkRows + 2 * quad;
+            const VecInt x_first = splat_pair(pair), x_second = splat_pair(pair + kChunkRows / 2);
             for (int v = 0; v < kSpreadVecs; ++v) {
                 if (kBySums && goes_by_sums(t)) {
                     sums[t][v] = dot2(sums[t][v], add_shorts(first[v], x_second), add_shorts(second[v], x_first));
@@ -193,44 +191,6 @@ template <bool kBySums, int kTokens = kSpreadTokens>
 void add_spread_some(int tokens, const int16_t* codes, const Piece* pieces, int count, const float* scales, WholeRows x, float* y) {
     if (tokens == kTokens) return add_spread<kBySums, kTokens>(codes, pieces, count, scales, x, y);
     if constexpr (kTokens > 1) add_spread_some<kBySums, kTokens - 1>(tokens, codes, pieces, count, scales, x, y);
-}
-
-// Lays out rows of x.
-struct Join {
-    const PlaneMatmul& args;
-    int16_t* numbers;
-    float* scales;
-    int32_t* brackets;
-};
-
-template <bool kBySums>
-bool join_row(const void* context, int64_t row) {
-    const Join& job = *static_cast<const Join*>(context);
-    const int64_t chunks = job.args.in / kChunkRows;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        const int64_t from = row * chunks + chunk, to = chunk * job.args.rows + row;
-        const int8_t* high = job.args.digits + from * 2 * kChunkRows;
-        int16_t* n = job.numbers + to * kChunkRows;
-        for (int i = 0; i < kChunkRows; ++i) n[i] = static_cast<int16_t>(high[i] * 128 + high[kChunkRows + i]);
-        job.scales[to] = job.args.x_scales[from];
-        if constexpr (kBySums) {
-            uint32_t bracket = 0;  // wraps around, as the sums do
-            for (int i = 0; i < kChunkRows; i += 4)
-                bracket += static_cast<uint32_t>(n[i] * n[i + 2]) + static_cast<uint32_t>(n[i + 1] * n[i + 3]);
-            job.brackets[to] = static_cast<int32_t>(bracket);
-        }
-    }
-    return true;
-}
-
-// The rows of x in `memory`, of WholeRows::words.
-template <bool kBySums>
-WholeRows whole_rows(const PlaneMatmul& args, float* memory) {
-    const int64_t count = args.rows * (args.in / kChunkRows);
-    float* scales = memory + count * (kChunkRows / 2);
-    const Join join{args, reinterpret_cast<int16_t*>(memory), scales, reinterpret_cast<int32_t*>(scales + count)};
-    run_tasks(args.rows, args.rows * args.in / 4, join_row<kBySums>, &join);
-    return {join.numbers, join.scales, join.brackets, args.rows};
 }
 
 }  // namespace
