@@ -147,6 +147,9 @@ def _measure(
         "baseline_memory_bytes": baseline,
         "model_file_bytes": sizes.file_bytes,
         "kv_cache_bytes": report.size_bytes,
+        "memory_ratio": None
+        if peak is None or baseline is None
+        else round((peak - baseline) / (sizes.file_bytes + report.size_bytes), 4),
         "runs": [
             {
                 "decode_tok_s": round(run.decode_tok_s, 2),
@@ -217,5 +220,6 @@ def _table(result: Mapping[str, Any]) -> Table:
     )
     if result["peak_memory_bytes"] is not None:
         table.caption += f", peak memory {result['peak_memory_bytes'] * mega:,.0f} MB"
+        table.caption += f" ({result['memory_ratio']:.2f} times files and cache without the libraries)"
     table.caption_justify = "left"
     return table

@@ -37,6 +37,9 @@ def test_json_is_the_last_line_and_has_every_figure(run: Run, model_dir: Path) -
     assert report["bandwidth_share"] > 0
     assert report["kv_cache_bytes"] == 2 * 2 * 2 * 32 * 64 * 4  # K and V, layers, heads, head width, tokens, fp32
     assert 0 < report["baseline_memory_bytes"] <= report["peak_memory_bytes"]
+    model_bytes = report["model_file_bytes"] + report["kv_cache_bytes"]
+    grown = report["peak_memory_bytes"] - report["baseline_memory_bytes"]
+    assert report["memory_ratio"] == round(grown / model_bytes, 4)
     assert report["precision"] in ("exact", "fast")
     assert "decode tokens/s" in result.stderr
 

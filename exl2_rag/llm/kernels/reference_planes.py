@@ -92,7 +92,7 @@ def digits(x: Tensor, perm: Tensor) -> Digits:
     scales = torch.where(used, largest / LARGEST_NUMBER, torch.where(finite, 0.0, float("nan")))
     if x.shape[0] > FEW_ROWS:
         whole = numbers.transpose(0, 1)[..., WHOLE_ORDER]
-        halves = whole.to(torch.int64).unflatten(-1, (2, -1))
+        halves = whole.to(torch.int64).reshape(*whole.shape[:-1], 2, -1)
         products = (halves[..., 0, :] * halves[..., 1, :]).sum(-1)
         # As a number of 32 bits, which wraps around.
         wrapped = (products + (1 << 31)) % (1 << 32) - (1 << 31)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from exl2_rag.llm.kernels import ops
@@ -36,7 +37,7 @@ class GatedMLP:
         if lora is not None or x.shape[0] <= MOST_ROWS:  # adapters know the rows of a whole step only
             self._add_rows(x, add_to, lora)
             return
-        for rows, target in zip(x.split(MOST_ROWS), add_to.split(MOST_ROWS), strict=True):
+        for rows, target in zip(torch.split(x, MOST_ROWS), torch.split(add_to, MOST_ROWS), strict=True):
             self._add_rows(rows, target, None)
 
     def _add_rows(self, x: Tensor, add_to: Tensor, lora: LoraRows | None) -> None:
