@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from exl2_rag import ExL2LLM, SamplingParams, demo
-from exl2_rag.llm.decode_tapes import MOST_ROWS, MOST_TAPES, DecodeTapes
+from exl2_rag.llm.decode_tapes import MOST_KEPT_ROWS, MOST_ROWS, DecodeTapes
 from exl2_rag.llm.kernels import ops
 from exl2_rag.llm.step_arrays import StepArrays
 from tests.support.synthetic import make_model_dir
@@ -77,10 +77,12 @@ def test_only_the_last_few_batch_sizes_stay_recorded(model_dir: Path) -> None:
     with ExL2LLM(model_dir, precision="fast") as llm:
         tapes = llm._engine._runner._recorded
         assert isinstance(tapes, DecodeTapes)
-        for size in range(1, MOST_TAPES + 3):
+        for size in range(1, MOST_ROWS + 1):
             llm.generate([[97, 98 + n] for n in range(size)], GREEDY)
-        assert len(tapes._recorded) == MOST_TAPES
-        assert MOST_TAPES + 2 in tapes._recorded
+        kept = [rows for _, rows in tapes._recorded]
+        assert sum(kept) <= MOST_KEPT_ROWS < sum(range(1, MOST_ROWS + 1))
+        assert kept[-1] == MOST_ROWS
+        assert 1 not in kept
 
 
 @pytest.fixture
