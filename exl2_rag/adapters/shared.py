@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
 DEFAULTS = SamplingParams()
 SAMPLING_OPTIONS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
+# What else of `SamplingParams` may be given by name. Of `n` and `logprobs` the frameworks' results show nothing here.
+MORE_SAMPLING_OPTIONS = tuple(
+    one.name
+    for one in fields(SamplingParams)
+    if one.init and one.name not in (*SAMPLING_OPTIONS, "stop", "n", "logprobs")
+)
 # Options of a call that ask for what is not there yet. Ignoring them would pass off free text as obeying them.
 NOT_YET = {
     "tools": "tool calling",
@@ -74,6 +80,8 @@ class EngineAdapter(BaseModel):
         llm: the engine to use; or
         model_dir: a model directory, loaded once and shared by all adapters that name it.
         max_tokens, temperature, top_k, top_p, min_p, seed, stop: as in `SamplingParams`; a call may override each.
+        sampling: further fields of `SamplingParams` by name, such as {"repetition_penalty": 1.1}; a call may give each
+            of them as a keyword.
     """
 
     llm: Any = Field(default=None, exclude=True, repr=False)
@@ -85,6 +93,7 @@ class EngineAdapter(BaseModel):
     min_p: float = DEFAULTS.min_p
     seed: int | None = None
     stop: list[str] | None = None
+    sampling: dict[str, Any] = Field(default_factory=dict)
 
     # Not the field `llm`: frameworks build copies from the fields, and a copy with another model_dir must load that.
     _handle: Any = PrivateAttr(default=None)
@@ -108,10 +117,14 @@ class EngineAdapter(BaseModel):
             SettingsError: an unknown option, or one for a feature that is not there yet.
             RequestError: a value out of range.
         """
-        values = {name: getattr(self, name) for name in SAMPLING_OPTIONS}
+        if unknown := [name for name in self.sampling if name not in MORE_SAMPLING_OPTIONS]:
+            raise SettingsError(
+                f"unknown option {unknown[0]!r} in sampling; expected some of: {', '.join(MORE_SAMPLING_OPTIONS)}"
+            )
+        values = {**{name: getattr(self, name) for name in SAMPLING_OPTIONS}, **self.sampling}
         constraint: Constraint | None = None
         for name, value in options.items():
-            if name in values:
+            if name in values or name in MORE_SAMPLING_OPTIONS:
                 values[name] = value
             elif name == "constraint":
                 constraint = value
@@ -119,7 +132,7 @@ class EngineAdapter(BaseModel):
                 if value:
                     raise not_yet(NOT_YET[name])
             else:
-                known = ", ".join([*SAMPLING_OPTIONS, "stop", "constraint"])
+                known = ", ".join([*SAMPLING_OPTIONS, "stop", "constraint", *MORE_SAMPLING_OPTIONS])
                 raise SettingsError(f"unknown option {name}={value!r} of a call; expected one of: {known}")
         stops = self.stop if stop is None else stop
         if isinstance(stops, str):
@@ -133,7 +146,8 @@ class EngineAdapter(BaseModel):
         adapters would then share cached answers.
         """
         values = {name: getattr(self, name) for name in SAMPLING_OPTIONS}
-        return {"model_name": self.engine.model_name, **values, "default_stop": list(self.stop or ())}
+        more = {"sampling": dict(sorted(self.sampling.items()))} if self.sampling else {}
+        return {"model_name": self.engine.model_name, **values, "default_stop": list(self.stop or ()), **more}
 
 
 def _find_handle(llm: Any, model_dir: str | Path | None) -> ExL2LLM:

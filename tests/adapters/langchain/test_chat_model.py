@@ -224,8 +224,22 @@ def test_an_unknown_keyword_of_the_constructor_is_an_error(fake: FakeEngine) -> 
 
 
 def test_an_unknown_option_of_a_call_is_an_error(fake: FakeEngine) -> None:
-    with pytest.raises(SettingsError, match="unknown option presence_penalty=1"):
-        ChatExL2(llm=fake).invoke("Hi", presence_penalty=1)
+    with pytest.raises(SettingsError, match="unknown option best_of=2"):
+        ChatExL2(llm=fake).invoke("Hi", best_of=2)
+    with pytest.raises(ValueError, match="unknown option 'presence'"):
+        ChatExL2(llm=fake, sampling={"presence": 1})
+
+
+def test_every_sampler_can_be_set_once_or_for_a_call(fake: FakeEngine) -> None:
+    model = ChatExL2(llm=fake, sampling={"repetition_penalty": 1.2, "dry_multiplier": 0.8})
+    model.invoke("Hi")
+    model.invoke("Hi", dry_multiplier=0.0, frequency_penalty=0.5)
+    first, second = (one.sampling for one in fake.asked)
+    assert (first.repetition_penalty, first.dry_multiplier, first.frequency_penalty) == (1.2, 0.8, 0.0)
+    assert (second.repetition_penalty, second.dry_multiplier, second.frequency_penalty) == (1.2, 0.0, 0.5)
+    assert model._identifying_params != ChatExL2(llm=fake)._identifying_params
+    with pytest.raises(ValueError, match="repetition_penalty must be"):
+        ChatExL2(llm=fake, sampling={"repetition_penalty": 0})
 
 
 @pytest.mark.parametrize(("name", "value"), [("temperature", -1), ("max_tokens", 0), ("top_p", 0)])

@@ -222,8 +222,8 @@ def test_a_constraint_reaches_the_engine(fake: FakeEngine) -> None:
 def test_unknown_keywords_are_errors(fake: FakeEngine) -> None:
     with pytest.raises(ValidationError, match="temprature"):
         ExL2(llm=fake, temprature=0)
-    with pytest.raises(SettingsError, match="unknown option logit_bias"):
-        ExL2(llm=fake).chat(HI, logit_bias={})
+    with pytest.raises(SettingsError, match="unknown option best_of"):
+        ExL2(llm=fake).chat(HI, best_of=2)
     with pytest.raises(RequestError, match="temperature"):
         ExL2(llm=fake).chat(HI, temperature=-1)
 
