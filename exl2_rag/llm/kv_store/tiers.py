@@ -394,7 +394,7 @@ class CacheTiers:
         self.ram.touch([name.key for name in names])
         for place, name in enumerate(names):
             # Making room comes first: what is evicted for it goes to host memory, and may displace another image there.
-            if time.perf_counter() >= deadline or not self._make_room(held):
+            if (place and time.perf_counter() >= deadline) or not self._make_room(held):
                 return place
             image = self.ram.get(name)
             if image is None:
