@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from exl2_rag.llm.pin_book import PinReport
 
 if TYPE_CHECKING:
-    from exl2_rag.llm.kv_store.tiers import TierReport
+    from exl2_rag.llm.kv_store.tier_report import TierReport
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from exl2_rag.llm.drawing import Ready, draw_each
 from exl2_rag.llm.engine_config import EngineConfig
 from exl2_rag.llm.fingerprint import CacheIdentity, root_key
 from exl2_rag.llm.guidance import accompany, negative_ids, room_for_two, when_both_are_there
-from exl2_rag.llm.kv_store.tiers import TierPeek
+from exl2_rag.llm.kv_store.tier_report import TierPeek
 from exl2_rag.llm.lora.choice import Lora, LoraChoices, lora_choices, lora_identity
 from exl2_rag.llm.model_runner import ModelRunner
 from exl2_rag.llm.next_tokens import allowed_next

@@ -10,7 +10,8 @@ from exl2_rag.errors import SettingsError
 from exl2_rag.llm.kv_store.disk_store import DEFAULT_QUOTA_BYTES, DiskStore
 from exl2_rag.llm.kv_store.ram_tier import RamTier
 from exl2_rag.llm.kv_store.store_directory import StoreIdentity, make_directory
-from exl2_rag.llm.kv_store.tiers import CacheTiers, PageImages
+from exl2_rag.llm.kv_store.tier_loader import PageImages
+from exl2_rag.llm.kv_store.tiers import CacheTiers
 
 if TYPE_CHECKING:
     from exl2_rag.llm.fingerprint import CacheIdentity

@@ -11,82 +11,26 @@ the engine's thread alone. Knows page keys, tokens and bytes; no tensors.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Protocol
 
-from exl2_rag.llm.kv_store.disk_store import DiskStore, StoreReport
+from exl2_rag.llm.kv_store.disk_store import DiskStore
 from exl2_rag.llm.kv_store.page_store import PageName, PageRecord
-from exl2_rag.llm.kv_store.ram_tier import RamReport, RamTier
+from exl2_rag.llm.kv_store.ram_tier import RamTier
 from exl2_rag.llm.kv_store.rates import LoadOrRecompute
-from exl2_rag.llm.page_table import HeldPages, Page, PageTable
+from exl2_rag.llm.kv_store.tier_loader import Loaded, PageImages, PageLoader
+from exl2_rag.llm.kv_store.tier_report import TierPeek, TierReport
+from exl2_rag.llm.page_table import Page, PageTable
 from exl2_rag.llm.sequence import Sequence
 
-_logger = logging.getLogger(__name__)
-
-LOAD_SLICE_S = 0.02
-"""Loading beside running requests takes no longer than this in one step."""
 SAVE_SLICE_S = 0.005
 """Copying pages out for the disk takes no longer than this in a step in which others run."""
 MAX_SEEN = 65536
 MAX_TO_SAVE = 16384
 CLOSE_TIMEOUT_S = 30.0
-
-
-class PageImages(Protocol):
-    """The KV cache as bytes; `exl2_rag.llm.kv_cache.KVCache` is one."""
-
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of a page's image."""
-        ...
-
-    def read_page(self, index: int) -> bytearray:
-        """The image of a page."""
-        ...
-
-    def write_page(self, index: int, image: bytearray | memoryview) -> None:
-        """Put an image back."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class TierReport:
-    """What the tiers have done since the engine was made.
-
-    Attributes:
-        ram, store: of each tier; None where there is none.
-        ram_tokens, disk_tokens: prompt tokens that came from there.
-        load_s: seconds it took.
-        saved_s: seconds their prefill would have taken beyond that, by this engine's measured rate.
-        declined_pages: that would have taken longer to load than to compute.
-        skipped_saves: pages worth keeping on disk that were evicted before they could be copied.
-        prefill_tokens_per_s, disk_bytes_per_s: the rates that decide; None until measured.
-    """
-
-    ram: RamReport | None
-    store: StoreReport | None
-    ram_tokens: int
-    disk_tokens: int
-    load_s: float
-    saved_s: float
-    declined_pages: int
-    skipped_saves: int
-    prefill_tokens_per_s: float | None
-    disk_bytes_per_s: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class TierPeek:
-    """Leading tokens of a prompt by where they are; those in the cache are counted in whole pages."""
-
-    cache_tokens: int
-    ram_tokens: int
-    disk_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +65,7 @@ class CacheTiers:
         self._disk_tokens = 0
         self._load_s = 0.0
         self._spent_s = 0.0
-        self._n_declined = 0
+        self._loader = PageLoader(images, page_size, ram, store, self.rates)
         self._n_skipped = 0
         if store is not None:
             self._seen.update(dict.fromkeys(store.seen()))
@@ -162,11 +106,12 @@ class CacheTiers:
             names = self._names(sequence, n_there, n_wanted)
             held = table.hold(sequence.token_ids, n_there * self._page_size, keys, sequence.cache_root)
             try:
-                is_done = self._load(sequence, held, names, carry_out_copies, others_run=others_run)
+                loaded = self._loader.load(table, held, names, carry_out_copies, others_run=others_run)
                 n_there = len(held.keys)
             finally:
                 table.release(held)
-            if not is_done:
+            self._count(sequence, loaded)
+            if loaded.out_of_time:
                 return False
         sequence.n_noted_pages = n_there
         if sequence.n_cached_tokens is None:
@@ -291,7 +236,7 @@ class CacheTiers:
             disk_tokens=self._disk_tokens,
             load_s=self._load_s,
             saved_s=compute_s - self._load_s if compute_s else 0.0,
-            declined_pages=self._n_declined,
+            declined_pages=self._loader.n_declined,
             skipped_saves=self._n_skipped,
             prefill_tokens_per_s=self.rates.prefill_tokens_per_s,
             disk_bytes_per_s=self.rates.disk.per_s,
@@ -345,98 +290,15 @@ class CacheTiers:
     def _root(self, sequence: Sequence) -> bytes:
         return self._attached().root_key if sequence.cache_root is None else sequence.cache_root
 
-    def _load(
-        self,
-        sequence: Sequence,
-        held: HeldPages,
-        names: Seq[PageName],
-        carry_out_copies: Callable[[], None],
-        *,
-        others_run: bool,
-    ) -> bool:
-        """Append pages to `held` as far as they can be had; False if there was no more time."""
-        started = time.perf_counter()
-        deadline = started + LOAD_SLICE_S if others_run else float("inf")
-        place = 0
-        is_done = False
-        while not is_done and place < len(names):
-            in_ram = self.ram is not None and self.ram.get(names[place]) is not None
-            run = self._run_of(names[place:], in_ram=in_ram)
-            if in_ram:
-                n_loaded = self._load_from_ram(held, run, carry_out_copies, deadline)
-                self._ram_tokens += n_loaded * self._page_size
-                sequence.n_ram_tokens += n_loaded * self._page_size
-            else:
-                n_loaded = self._load_from_disk(held, run, carry_out_copies, deadline)
-                self._disk_tokens += n_loaded * self._page_size
-                sequence.n_disk_tokens += n_loaded * self._page_size
-            place += n_loaded
-            sequence.n_restored_pages += n_loaded
-            if n_loaded < len(run):
-                is_done = time.perf_counter() < deadline
-                break
-        spent_s = time.perf_counter() - started
-        self._load_s += spent_s if place else 0.0
-        self._spent_s += spent_s
-        return is_done or place == len(names)
-
-    def _run_of(self, names: Seq[PageName], *, in_ram: bool) -> Seq[PageName]:
-        """The leading names that are in host memory, or that are not."""
-        for place, name in enumerate(names):
-            if (self.ram is not None and name.key in self.ram) != in_ram:
-                return names[:place] or names[:1]
-        return names
-
-    def _load_from_ram(
-        self, held: HeldPages, names: Seq[PageName], carry_out_copies: Callable[[], None], deadline: float
-    ) -> int:
-        assert self.ram is not None
-        self.ram.touch([name.key for name in names])
-        for place, name in enumerate(names):
-            # Making room comes first: what is evicted for it goes to host memory, and may displace another image there.
-            if (place and time.perf_counter() >= deadline) or not self._make_room(held):
-                return place
-            image = self.ram.get(name)
-            if image is None:
-                return place
-            carry_out_copies()
-            self._put_back(held, name, image)
-            self._sources[name.key] = self.ram.sources(name.key)
-        return len(names)
-
-    def _load_from_disk(
-        self, held: HeldPages, names: Seq[PageName], carry_out_copies: Callable[[], None], deadline: float
-    ) -> int:
-        if self.store is None:
-            return 0
-        stored = self.store.contains([name.key for name in names])
-        n_stored = next((place for place, name in enumerate(names) if name.key not in stored), len(names))
-        if n_stored == 0:
-            return 0
-        if not self.rates.should_load(self._images.page_bytes, self._page_size):
-            self._n_declined += n_stored
-            return 0
-        n_loaded = 0
-        started = time.perf_counter()
-        for name, image in zip(names[:n_stored], self.store.get_many(names[:n_stored]), strict=False):
-            if not self._make_room(held):
-                break
-            carry_out_copies()
-            self._put_back(held, name, image)
-            n_loaded += 1
-            if time.perf_counter() >= deadline:
-                break
-        self._sources.update(self.store.sources_of([name.key for name in names[:n_loaded]]))
-        self.rates.disk.measured(n_loaded * self._images.page_bytes, time.perf_counter() - started)
-        return n_loaded
-
-    def _make_room(self, held: HeldPages) -> bool:
-        wanted = held.n_tokens + self._page_size
-        return self._attached().extend(held, wanted) == wanted
-
-    def _put_back(self, held: HeldPages, name: PageName, image: memoryview) -> None:
-        self._images.write_page(held.pages[-1], image)
-        self._attached().commit(held, name.token_ids)
+    def _count(self, sequence: Sequence, loaded: Loaded) -> None:
+        sequence.n_restored_pages += loaded.pages
+        sequence.n_ram_tokens += loaded.ram_pages * self._page_size
+        sequence.n_disk_tokens += loaded.disk_pages * self._page_size
+        self._ram_tokens += loaded.ram_pages * self._page_size
+        self._disk_tokens += loaded.disk_pages * self._page_size
+        self._load_s += loaded.seconds if loaded.pages else 0.0
+        self._spent_s += loaded.seconds
+        self._sources.update(loaded.sources)
 
     def _used(self, sequence: Sequence, keys: Seq[bytes]) -> None:
         """A request takes these pages, the head of its chain, from the cache: a second use, at least."""

@@ -191,7 +191,7 @@ def test_loading_beside_running_requests_is_cut_into_short_pieces(tmp_path, monk
     warm(engine, text(1, 161))
     engine.close()
     engine = tiered(tmp_path)
-    monkeypatch.setattr("exl2_rag.llm.kv_store.tiers.LOAD_SLICE_S", 0.0)
+    monkeypatch.setattr("exl2_rag.llm.kv_store.tier_loader.LOAD_SLICE_S", 0.0)
     running = ask(engine, text(2), n_new=60)
     for _ in range(3):
         engine.step()

@@ -46,7 +46,7 @@ class TieredFuzz(EngineFuzz):
 
 @pytest.mark.parametrize(("seed", "store_pages", "slice_s"), [(1, 2000, 0.02), (2, 60, 0.0)])
 def test_random_operations_over_all_tiers_mix_nothing_up(tmp_path, monkeypatch, seed, store_pages, slice_s) -> None:
-    monkeypatch.setattr("exl2_rag.llm.kv_store.tiers.LOAD_SLICE_S", slice_s)
+    monkeypatch.setattr("exl2_rag.llm.kv_store.tier_loader.LOAD_SLICE_S", slice_s)
     monkeypatch.setattr("exl2_rag.llm.kv_store.rates.PROBE_EVERY", 1)  # the toy computes faster than any disk reads
     ram_tokens = disk_tokens = 0
     for _ in range(3):
