@@ -149,10 +149,10 @@ class DraftModel:
             self._table.release(self._followers.pop(sequence).held)
 
     def _catch_up(self, wanted: dict[Sequence, int]) -> dict[Sequence, Tensor]:
-        """Compute what the small model has not seen, within a step's budget; return the logits of those who are up to
-        date. The others get no draft this time.
+        """Compute what the small model has not seen, as much as may stand beside decoding; return the logits of those
+        who are up to date. The others get no draft this time.
         """
-        budget = self._config.max_batched_tokens
+        budget = max(self._config.prefill_beside_decode, len(wanted))
         slices: list[Slice] = []
         owners: list[Sequence] = []
         for sequence, length in wanted.items():
