@@ -10,8 +10,8 @@ quotes    the copying model goes on from a place in the middle of a passage; gre
 nothing   the random model draws at temperature 1: hardly a token follows from what was there; the demo model likewise,
           whose steps are so short that the bookkeeping shows
 
-Each prompt is continued without and with drafts, one after the other, by one engine (the random models: an engine
-each), and the texts are compared. Prints one JSON object: tokens a second are sums over all prompts, ratios of one run.
+Each prompt is continued without (`speculate=False`) and with drafts, one after the other and in turn, by one engine, for
+two engines of one model differ by some percent by where their weights lie; and the texts are compared. Prints one JSON object: tokens a second are sums over all prompts, ratios of one run.
 """
 
 from __future__ import annotations
@@ -58,14 +58,13 @@ class Decoding:
         return self.n_tokens / self.seconds
 
 
-def compare(plain: ExL2LLM, drafting: ExL2LLM, prompts: list[list[int]], how: dict[str, Any]) -> dict[str, Any]:
+def compare(llm: ExL2LLM, prompts: list[list[int]], how: dict[str, Any]) -> dict[str, Any]:
     """Continue each prompt without and with drafts; the first prompt only warms up."""
     without, with_drafts = Decoding(), Decoding()
     n_steps = n_proposed = n_accepted = n_different = 0
     for number, prompt in enumerate(prompts):
-        runs = [(plain, False), (drafting, True)]
         results = {}
-        for llm, speculate in runs if number % 2 else reversed(runs):
+        for speculate in (False, True) if number % 2 else (True, False):
             results[speculate] = llm.generate(prompt, SamplingParams(**how, seed=number, speculate=speculate))
         n_different += results[True].token_ids != results[False].token_ids
         if number == 0:
@@ -127,15 +126,14 @@ def main() -> None:
     parts = options.parts.split(",")
     if "quotes" in parts:
         with ExL2LLM(copying_dir, draft_model="prompt-lookup", **SIZES) as llm:
-            result["quotes"] = compare(llm, llm, quoting, greedy) | {"step_ms_by_rows": row_costs(llm)}
+            result["quotes"] = compare(llm, quoting, greedy) | {"step_ms_by_rows": row_costs(llm)}
     if "nothing" in parts:
-        with ExL2LLM(random_dir, **SIZES) as plain, ExL2LLM(random_dir, draft_model="prompt-lookup", **SIZES) as llm:
-            result["nothing"] = compare(plain, llm, [one[:64] for one in quoting], drawn)
+        with ExL2LLM(random_dir, draft_model="prompt-lookup", **SIZES) as llm:
+            result["nothing"] = compare(llm, [one[:64] for one in quoting], drawn)
     if "demo" in parts:
-        demo = demo_model_dir()
-        with ExL2LLM(demo, **SIZES) as plain, ExL2LLM(demo, draft_model="prompt-lookup", **SIZES) as llm:
-            prompts = [llm.tokenizer.encode(text)[:64] for text in texts[:41]]
-            result["nothing_demo_model"] = compare(plain, llm, prompts, drawn)
+        with ExL2LLM(demo_model_dir(), draft_model="prompt-lookup", **SIZES) as llm:
+            prompts = [llm.tokenizer.encode(text)[:64] for text in texts]
+            result["nothing_demo_model"] = compare(llm, prompts, drawn)
     text = json.dumps(result, indent=1)
     print(text)
     if options.output is not None:
