@@ -10,8 +10,9 @@ quotes    the copying model goes on from a place in the middle of a passage; gre
 nothing   the random model draws at temperature 1: hardly a token follows from what was there; the demo model likewise,
           whose steps are so short that the bookkeeping shows
 
-Each prompt is continued without (`speculate=False`) and with drafts, one after the other and in turn, by one engine, for
-two engines of one model differ by some percent by where their weights lie; and the texts are compared. Prints one JSON object: tokens a second are sums over all prompts, ratios of one run.
+Each prompt is continued without (`speculate=False`) and with drafts, in turn, by one engine (two engines of one model
+differ by some percent, by where their weights lie), and the texts are compared. Prints one JSON object: tokens a second
+are sums over all prompts, ratios of one run.
 """
 
 from __future__ import annotations
