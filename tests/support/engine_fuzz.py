@@ -52,6 +52,12 @@ class Odd:
         assert token_id % 2 == 1
         self.n_taken += 1
 
+    def count_allowed(self, token_ids: list[int]) -> int:
+        return next((place for place, one in enumerate(token_ids) if one % 2 == 0), len(token_ids))
+
+    def rollback(self, n_tokens: int) -> None:
+        self.n_taken -= n_tokens
+
     def forced_tokens(self) -> list[int]:
         return [7, 9] if self.n_taken in (0, 5) else []
 
