@@ -12,12 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from exl2_rag.errors import KVStoreError, SettingsError
-from exl2_rag.llm.kv_store.page_store import PageName, PageRecord
+from exl2_rag.llm.kv_store.page_store import PageName, PageRecord, PageStore, StoreReport
 from exl2_rag.llm.kv_store.segment import SegmentReader, record_bytes
 from exl2_rag.llm.kv_store.store_directory import (
     INDEX_NAME,
@@ -43,39 +42,7 @@ READ_AHEAD_RECORDS = 4
 CLOSE_TIMEOUT_S = 30.0
 
 
-@dataclass(frozen=True, slots=True)
-class StoreReport:
-    """The state of a store on disk. Counts are since it was opened.
-
-    Attributes:
-        mode: "writing", "reading" (another process writes), or "off".
-        off_because: why it no longer writes or reads; None while it does.
-        pages, live_bytes, file_bytes: present contents; dead bytes are the difference.
-        quota_bytes: what the files may take.
-        read_pages, read_bytes, read_s: given out.
-        written_pages: new ones.
-        dropped_pages: not kept, because the disk was too slow, full, or their parents were gone.
-        damaged_pages: found not to be what they should be; deleted and computed again.
-        evicted_pages, purged_pages: made room, or erased on request.
-    """
-
-    mode: str
-    off_because: str | None
-    pages: int
-    live_bytes: int
-    file_bytes: int
-    quota_bytes: int
-    read_pages: int
-    read_bytes: int
-    read_s: float
-    written_pages: int
-    dropped_pages: int
-    damaged_pages: int
-    evicted_pages: int
-    purged_pages: int
-
-
-class DiskStore:
+class DiskStore(PageStore):
     """The store of one identity. Reading is for one thread at a time; what writes may be called from any.
 
     Args:

@@ -8,8 +8,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Protocol
 
-from exl2_rag.llm.kv_store.disk_store import DiskStore
-from exl2_rag.llm.kv_store.page_store import PageName
+from exl2_rag.llm.kv_store.page_store import PageName, PageStore
 from exl2_rag.llm.kv_store.ram_tier import RamTier
 from exl2_rag.llm.kv_store.rates import LoadOrRecompute
 from exl2_rag.llm.page_table import HeldPages, PageTable
@@ -66,7 +65,7 @@ class PageLoader:
         images: PageImages,
         page_size: int,
         ram: RamTier | None,
-        store: DiskStore | None,
+        store: PageStore | None,
         rates: LoadOrRecompute,
     ) -> None:
         self.n_declined = 0  # pages that would have taken longer to load than to compute

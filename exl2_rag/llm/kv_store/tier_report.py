@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from exl2_rag.llm.kv_store.disk_store import StoreReport
+from exl2_rag.llm.kv_store.page_store import StoreReport
 from exl2_rag.llm.kv_store.ram_tier import RamReport
 
 

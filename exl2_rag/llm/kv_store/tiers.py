@@ -17,8 +17,7 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from exl2_rag.llm.kv_store.disk_store import DiskStore
-from exl2_rag.llm.kv_store.page_store import PageName, PageRecord
+from exl2_rag.llm.kv_store.page_store import PageName, PageRecord, PageStore
 from exl2_rag.llm.kv_store.ram_tier import RamTier
 from exl2_rag.llm.kv_store.rates import LoadOrRecompute
 from exl2_rag.llm.kv_store.tier_loader import Loaded, PageImages, PageLoader
@@ -49,7 +48,7 @@ class CacheTiers:
         page_size: tokens on a page.
     """
 
-    def __init__(self, images: PageImages, page_size: int, *, ram: RamTier | None, store: DiskStore | None) -> None:
+    def __init__(self, images: PageImages, page_size: int, *, ram: RamTier | None, store: PageStore | None) -> None:
         self.rates = LoadOrRecompute()
         self.ram = ram
         self.store = store
@@ -211,7 +210,7 @@ class CacheTiers:
     def purge_memory(self, source: str) -> int:
         """Forget what was made from a source in the KV cache and in host memory; returns how many pages are gone.
 
-        Nothing of it goes to disk any more; what is there is for `DiskStore.purge`, which any thread may call. Pages of
+        Nothing of it goes to disk any more; what is there is for `PageStore.purge`, which any thread may call. Pages of
         requests that run now stay in the KV cache until those end.
         """
         table = self._attached()
@@ -264,7 +263,7 @@ class CacheTiers:
         assert self._table is not None, "attach() comes first"
         return self._table
 
-    def _save_all(self, store: DiskStore, deadline: float) -> None:
+    def _save_all(self, store: PageStore, deadline: float) -> None:
         while self._to_save and store.is_writing and time.perf_counter() < deadline:
             self.save_some(others_run=False)
             if self._to_save and not store.has_room:

@@ -12,6 +12,7 @@ from exl2_rag.errors import ShapeError
 from exl2_rag.llm.engine import Engine
 from exl2_rag.llm.kv_cache import KVCache
 from exl2_rag.llm.kv_store.disk_store import DiskStore
+from exl2_rag.llm.kv_store.page_store import PageRecord, PageStore
 from exl2_rag.llm.kv_store.ram_tier import RamTier
 from exl2_rag.llm.kv_store.rates import LoadOrRecompute
 from exl2_rag.llm.kv_store.store_directory import StoreIdentity, segments
@@ -420,3 +421,44 @@ def test_a_pinned_prompt_is_pinned_on_disk_until_its_last_pin_is_released(tmp_pa
     engine.unpin(pins[1])
     assert pinned_on_disk() == 0
     engine.close()
+
+
+class DictStore(PageStore):
+    """The least that can be plugged in: five methods over a dict."""
+
+    def __init__(self) -> None:
+        self.pages: dict[bytes, PageRecord] = {}
+
+    def contains(self, keys):
+        return {key for key in keys if key in self.pages}
+
+    def get_many(self, names):
+        for name in names:
+            if name.key not in self.pages or self.pages[name.key].name != name:
+                return
+            yield memoryview(self.pages[name.key].image)
+
+    def put_many(self, records):
+        self.pages |= {one.name.key: one for one in records}
+        return len(records)
+
+    def evict(self, keys):
+        raise NotImplementedError
+
+    def purge(self, source):
+        doomed = [key for key, one in self.pages.items() if source in one.sources]
+        for key in doomed:
+            del self.pages[key]
+        return len(doomed)
+
+
+def test_another_store_can_be_plugged_in() -> None:
+    store = DictStore()
+    for n_disk_tokens in (0, 40):
+        engine = toy_engine(make_tiers=lambda cache: CacheTiers(cache, PAGE_SIZE, ram=None, store=store))
+        for _ in range(2):
+            sequence = answer(engine, text(1), sources=["doc"])
+        assert sequence.usage().cached_tokens == 40
+        assert engine.report().tiers.disk_tokens == n_disk_tokens
+        engine.close()
+    assert purge(engine, "doc") >= 10
