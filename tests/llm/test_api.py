@@ -504,7 +504,6 @@ def test_the_model_says_what_it_is(llm: ExL2LLM, model_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"cache_dtype": "q4"}, "cache_dtype='q4'"),
         ({"precision": "best"}, "precision must be"),
         ({"kv_store_bytes": 10**9}, "give kv_store a directory"),
         ({"kv_ram_bytes": -1}, "kv_ram_bytes must be 0"),

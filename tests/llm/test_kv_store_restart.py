@@ -36,7 +36,7 @@ def haystack(needle: int) -> list[int]:
     return [BOS_ID, *words(60, 0), *words(8, 100 + needle), *words(150, 0)]
 
 
-@pytest.mark.parametrize("cache_dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("cache_dtype", ["fp32", "fp16", "bf16", "q8", "q4"])
 def test_after_a_restart_each_prompt_gets_the_text_of_its_own_needle_from_disk(
     model_dir, tmp_path, cache_dtype
 ) -> None:
