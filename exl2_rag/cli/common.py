@@ -71,8 +71,8 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, ensure_ascii=False, default=_plain) + "\n")
 
 
-def open_llm(model: Path | None, settings: Settings, *, quiet: bool = False) -> ExL2LLM:
-    """Load a model with the `[engine]` settings; without one the demo model, which is said."""
+def open_llm(model: Path | None, settings: Settings, *, quiet: bool = False, **options: Any) -> ExL2LLM:
+    """Load a model with the `[engine]` settings and further options; without one the demo model, which is said."""
     from exl2_rag import ExL2LLM
     from exl2_rag.demo import model_dir
 
@@ -81,7 +81,7 @@ def open_llm(model: Path | None, settings: Settings, *, quiet: bool = False) -> 
         if not quiet:
             err.print("No --model given: using the demo model, which only quotes short passages.", style="dim")
     with busy(f"Loading {model.name}", quiet=quiet):
-        return ExL2LLM(model, **settings.engine.model_dump())
+        return ExL2LLM(model, **{**settings.engine.model_dump(), **options})
 
 
 @contextmanager

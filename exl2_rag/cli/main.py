@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from exl2_rag.cli import ask, bench, chat, convert, demo, evaluate, generate, index, inspect, kernels, pull
+from exl2_rag.cli import ask, bench, cache, chat, convert, demo, evaluate, generate, index, inspect, kernels, pull
 
 app = typer.Typer(
     name="exl2-rag",
@@ -24,6 +24,7 @@ app.command("pull")(pull.pull)
 app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)
 app.add_typer(evaluate.app, name="eval")
+app.add_typer(cache.app, name="cache")
 app.add_typer(kernels.app, name="kernels")
 
 

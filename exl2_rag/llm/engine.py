@@ -25,7 +25,6 @@ from exl2_rag.llm.drawing import Ready, draw_each
 from exl2_rag.llm.engine_config import EngineConfig
 from exl2_rag.llm.fingerprint import CacheIdentity, root_key
 from exl2_rag.llm.guidance import accompany, negative_ids, room_for_two, when_both_are_there
-from exl2_rag.llm.kv_store.tier_report import TierPeek
 from exl2_rag.llm.lora.choice import Lora, LoraChoices, lora_choices, lora_identity
 from exl2_rag.llm.model_runner import ModelRunner
 from exl2_rag.llm.next_tokens import allowed_next
@@ -33,7 +32,7 @@ from exl2_rag.llm.output_text import OutputText, TokenDecoder
 from exl2_rag.llm.page_table import PageTable
 from exl2_rag.llm.page_table_check import check_integrity
 from exl2_rag.llm.prefill_rate import PrefillRate
-from exl2_rag.llm.prefix_trace import PrefixTrace, trace_prefix
+from exl2_rag.llm.prefix_trace import trace_prefix
 from exl2_rag.llm.prompt_logprobs import PromptLogprobs
 from exl2_rag.llm.prompt_report import PromptReport, check_prompt, final_report
 from exl2_rag.llm.request import FinishReason, GenerationRequest, SamplingParams, StreamPiece, branch_seed
@@ -45,6 +44,7 @@ from exl2_rag.llm.sequence import Evaluation, Sequence, State
 from exl2_rag.llm.sources import source_positions
 from exl2_rag.llm.speculation.speculator import Speculator
 from exl2_rag.llm.tenants import Tenants
+from exl2_rag.llm.tier_trace import trace_tiers
 
 if TYPE_CHECKING:
     from exl2_rag.llm.constraint import ConstraintMatcher
@@ -309,7 +309,7 @@ class Engine:
     def explain(
         self, token_ids: tuple[int, ...], *, cache_salt: str | None = None, lora: Lora | None = None
     ) -> CacheExplanation:
-        """What a prompt would find in the pages now. Changes nothing.
+        """What a prompt would find in the pages and the tiers below them now. Changes nothing.
 
         Raises:
             RequestError, ContextOverflowError: as for `prepare`.
@@ -321,12 +321,7 @@ class Engine:
         trace = trace_prefix(table, token_ids, limit, root=root, other_roots=reversed(table.roots))
         if self.tiers is None:
             return explain(trace, token_ids, self._text.shown_text)
-        peek = self.tiers.peek(token_ids, limit, root)
-        found = peek.cache_tokens + peek.ram_tokens + peek.disk_tokens
-        if found > trace.n_reused:
-            trace = PrefixTrace(found, found, "last token" if found == limit else "never seen")
-        else:
-            peek = TierPeek(trace.n_reused, 0, 0)
+        trace, peek = trace_tiers(trace, self.tiers, token_ids, limit, root)
         shown = self._text.shown_text
         return explain(trace, token_ids, shown, from_ram=peek.ram_tokens, from_disk=peek.disk_tokens)
 

@@ -113,6 +113,10 @@ class DiskStore(PageStore):
         """Their rows."""
         return self._read(lambda index: index.find(keys), {})
 
+    def following(self, parent_key: bytes, limit: int) -> list[tuple[int, ...]]:
+        """Token ids of pages that follow a page, the last used first."""
+        return self._read(lambda index: index.following(parent_key, limit), [])
+
     def sources_of(self, keys: Seq[bytes]) -> dict[bytes, frozenset[str]]:
         """The sources of stored pages that have any."""
         return self._read(lambda index: index.sources_of(keys), {})

@@ -147,6 +147,11 @@ class StoreIndex:
             for row in self._rows(f"SELECT key FROM pages WHERE key IN ({marks})", some)
         }
 
+    def following(self, parent_key: bytes, limit: int) -> list[tuple[int, ...]]:
+        """Token ids of pages that follow a page, the last used first."""
+        query = "SELECT token_ids FROM pages WHERE parent = ? ORDER BY last_used DESC LIMIT ?"
+        return [_decode_tokens(row[0]) for row in self._rows(query, (parent_key, limit)) if len(row[0]) % 4 == 0]
+
     def n_pages(self) -> int:
         """Rows."""
         return int(self._rows("SELECT count(*) FROM pages")[0][0])

@@ -133,6 +133,12 @@ class CacheTiers:
             n_disk += name.key not in in_ram
         return TierPeek(n_there * size, n_ram * size, n_disk * size)
 
+    def chain_end(self, token_ids: Seq[int], n_tokens: int, root: bytes) -> bytes:
+        """The key of the last page of the first `n_tokens` tokens, whole pages; without any, the root."""
+        keys: list[bytes] = []
+        self._chain(token_ids, keys, root, 0, n_tokens // self._page_size)
+        return keys[-1] if keys else root
+
     def computed(self, sequence: Sequence) -> None:
         """Pages of a running sequence may have become full: a first use of them, or a second."""
         assert sequence.held is not None
