@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
@@ -11,6 +10,7 @@ from exl2_rag.llm import page_table
 from exl2_rag.llm.page_table import HeldPages, PageTable, common_prefix
 from exl2_rag.llm.page_table_check import check_integrity
 from tests.support.page_memory import PageMemory
+from tests.support.page_table_operations import PageTableOperations
 
 
 def ids(text: str) -> list[int]:
@@ -294,51 +294,21 @@ def test_common_prefix_counts_leading_tokens_that_agree() -> None:
     assert common_prefix([], []) == 0
 
 
-def test_ten_thousand_random_operations_leave_the_table_sound_after_each() -> None:
-    rng = random.Random(1)
-    memory = PageMemory(PageTable(n_pages=24, page_size=4, root_key=b"random" * 6))
-    prompts = [[rng.choice((1, 2)) for _ in range(40)] for _ in range(6)]
-    roots = [None, b"one tenant" * 4, b"another tenant" * 4]
-    running: list[tuple[HeldPages, list[int]]] = []
-    n_reused = n_pinned = n_cut = 0
-    for _ in range(10_000):
-        action = rng.random()
-        if action < 0.3 and len(running) < 5:
-            prompt = rng.choice(prompts)[: rng.randrange(1, 40)] + [rng.choice((1, 2)) for _ in range(rng.randrange(5))]
-            root = rng.choice(roots)
-            expected = memory.longest_cached(prompt, len(prompt) - 1, root)
-            assert memory.table.lookup(prompt, len(prompt) - 1, root=root).n_tokens == expected
-            held = memory.hold(prompt, limit=len(prompt) - 1, root=root)
-            n_reused += held.n_tokens > 0
-            running.append((held, prompt))
-        elif running:
-            held, tokens = running[rng.randrange(len(running))]
-            if action < 0.4 and not held.pinned:
-                n_kept = rng.randrange(held.n_tokens + 1)
-                memory.truncate(held, n_kept)
-                del tokens[max(n_kept, 1) :]
-                n_cut += 1
-            elif action < 0.75 and not held.pinned:
-                while len(tokens) < held.n_tokens + rng.randrange(1, 10):
-                    tokens.append(rng.choice((1, 2)))
-                memory.compute(held, tokens)
-            elif action < 0.78:
-                held.pinned = not held.pinned
-                n_pinned += held.pinned
-            else:
-                running.remove((held, tokens))
-                memory.release(held)
-        memory.check()
-        for held, tokens in running:
-            memory.check_content(held, tokens)
-    assert n_reused > 500
-    assert n_pinned > 100
-    assert n_cut > 500
-    assert memory.table.n_evicted > 1000
-    for held, _ in running:
-        memory.release(held)
-    memory.check()
-    assert memory.table.n_available == 24
+@pytest.mark.parametrize(
+    ("n_operations", "sizes"),
+    [
+        (8_000, {"n_pages": 24, "page_size": 4, "longest": 44, "most": 5}),
+        (300, {"n_pages": 120, "page_size": 16, "longest": 500, "most": 8}),
+    ],
+)
+def test_random_operations_leave_the_table_sound_after_each(n_operations: int, sizes: dict[str, int]) -> None:
+    """`benchmarks/page_table_operations.py` does 100,000."""
+    operations = PageTableOperations(1, **sizes)
+    operations.run(n_operations)
+    operations.finish()
+    for what in ("reused", "grown", "truncated", "pinned", "ended", "dropped", "trace: other text", "trace: evicted"):
+        assert operations.counts[what] >= n_operations / 1000, what
+    assert operations.memory.table.n_evicted > n_operations / 10
 
 
 def plant_wrong_count(table: PageTable) -> None:
