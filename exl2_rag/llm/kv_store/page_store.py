@@ -110,6 +110,10 @@ class PageStore(ABC):
             KVStoreError: that cannot be done.
         """
 
+    def following(self, parent_key: bytes, limit: int) -> list[tuple[int, ...]]:
+        """Token ids of up to `limit` pages that follow a page, for explanations; none if that cannot be said."""
+        return []
+
     @property
     def is_writing(self) -> bool:
         """Whether new pages are kept."""
