@@ -49,6 +49,7 @@ _X86_LEVELS: dict[str, tuple[str, ...]] = {
     "avx512": _AVX512,
     "avx512vnni": (*_AVX512, "-mavx512vnni"),
 }
+_ARM_LEVELS: dict[str, tuple[str, ...]] = {"baseline": (), "dotprod": ("-march=armv8.2-a+dotprod",)}
 _COMPILERS = ("c++", "g++", "clang++")
 
 
@@ -56,14 +57,23 @@ class BuildError(Exception):
     """The library could not be built; the message holds what the compiler said."""
 
 
-def _levels() -> dict[str, tuple[str, ...]]:
-    return _X86_LEVELS if platform.machine().lower() in ("x86_64", "amd64") else {"baseline": ()}
+def _levels(machine: str) -> dict[str, tuple[str, ...]]:
+    """The levels of a type of processor, as `platform.machine` names it, and the flags of each."""
+    if machine.lower() in ("x86_64", "amd64"):
+        return _X86_LEVELS
+    return _ARM_LEVELS if machine.lower() in ("aarch64", "arm64") else {"baseline": ()}
+
+
+def _level_define(machine: str) -> list[str]:
+    levels = _levels(machine)
+    names = {"avx2": "-DEXL2_X86_LEVELS", "dotprod": "-DEXL2_ARM_LEVELS"}
+    return [define for level, define in names.items() if level in levels]
 
 
 def source_hash() -> str:
     """Changes with every source, header, flag and machine type; not with the compiler."""
     digest = hashlib.sha256()
-    digest.update(repr((_FLAGS, sorted(_levels().items()), _LEVEL_SOURCES, _COMMON_SOURCES)).encode())
+    digest.update(repr((_FLAGS, sorted(_levels(platform.machine()).items()), _LEVEL_SOURCES, _COMMON_SOURCES)).encode())
     sources = [path for path in (SOURCE_DIR / "cpu").iterdir() if path.suffix in (".cpp", ".h")]
     for path in sorted([*sources, SOURCE_DIR / "exl2_layout.h"]):
         digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
@@ -110,21 +120,39 @@ def build(output: Path, compiler: list[str]) -> None:
 
 
 def _compile_and_link(directory: Path, compiler: list[str]) -> Path:
-    levels = _levels()
-    defines = [f'-DEXL2_SOURCE_HASH="{source_hash()}"', *(["-DEXL2_X86_LEVELS"] if len(levels) > 1 else [])]
-    jobs = [(name, directory / f"{name}.o", defines) for name in _COMMON_SOURCES]
-    for level, flags in levels.items():
-        jobs += [(name, directory / f"{name}-{level}.o", [f"-DEXL2_LEVEL={level}", *flags]) for name in _LEVEL_SOURCES]
+    objects = compile_sources(directory, compiler, machine=platform.machine())
+    library = directory / "library.so"
+    _run([*compiler, "-shared", "-pthread", "-o", str(library), *map(str, objects)])
+    return library
 
-    def compile_one(job: tuple[str, Path, list[str]]) -> None:
+
+def compile_sources(directory: Path, compiler: list[str], *, machine: str, flags: tuple[str, ...] = ()) -> list[Path]:
+    """Compile every source into `directory`, for each level that `machine` has (as `platform.machine` names it).
+
+    Args:
+        compiler: makes code for that machine; may be a cross compiler.
+        flags: more flags, after the usual ones.
+
+    Returns:
+        The objects: NAME.o, and NAME-LEVEL.o of those that are compiled once a level.
+
+    Raises:
+        BuildError: the compiler failed.
+    """
+    defines = [f'-DEXL2_SOURCE_HASH="{source_hash()}"', *_level_define(machine)]
+    jobs = [(name, directory / f"{name}.o", defines) for name in _COMMON_SOURCES]
+    for level, level_flags in _levels(machine).items():
+        options = [f"-DEXL2_LEVEL={level}", *level_flags]
+        jobs += [(name, directory / f"{name}-{level}.o", options) for name in _LEVEL_SOURCES]
+
+    def compile_one(job: tuple[str, Path, list[str]]) -> Path:
         name, target, options = job
-        _run([*compiler, *_FLAGS, *options, "-c", str(SOURCE_DIR / "cpu" / f"{name}.cpp"), "-o", str(target)])
+        source = SOURCE_DIR / "cpu" / f"{name}.cpp"
+        _run([*compiler, *_FLAGS, *options, *flags, "-c", str(source), "-o", str(target)])
+        return target
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        list(pool.map(compile_one, jobs))
-    library = directory / "library.so"
-    _run([*compiler, "-shared", "-pthread", "-o", str(library), *(str(target) for _, target, _ in jobs)])
-    return library
+        return list(pool.map(compile_one, jobs))
 
 
 def _run(command: list[str]) -> str:

@@ -7,7 +7,7 @@ compiler the reference kernels take over, with one warning in the log.
     EXL2_RAG_KERNELS      "native" or "reference" forces one of them; unset or "auto" takes native where it can be had
     EXL2_RAG_NUM_THREADS  threads of one op; by default the processors this process may use
     EXL2_RAG_CACHE        where compiled libraries go; by default ~/.cache/exl2-rag
-    EXL2_RAG_CPU_LEVEL    "baseline", "avx2", "avx512", "avx512vnni" or "avx512amd": for tests, a
+    EXL2_RAG_CPU_LEVEL    "baseline", "avx2", "avx512", "avx512vnni", "avx512amd" or "dotprod": for tests, a
                           lower level than the best
 """
 

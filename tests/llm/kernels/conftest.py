@@ -12,7 +12,7 @@ def _levels() -> list[str]:
     library = native.library()
     if library is None:
         return []
-    names = ("baseline", "avx2", "avx512", "avx512vnni", "avx512amd")
+    names = ("baseline", "avx2", "avx512", "avx512vnni", "avx512amd", "dotprod")
     levels = [level for level in names if library.exl2_set_cpu_level(level.encode()) == 0]
     library.exl2_set_cpu_level(None)  # the best again
     return levels

@@ -11,6 +11,10 @@
 #include "../exl2_layout.h"
 #include "ops.h"
 
+#if defined(EXL2_ARM_LEVELS) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 #define EXL2_PUBLIC extern "C" __attribute__((visibility("default")))
 
 namespace exl2 {
@@ -55,6 +59,23 @@ bool has_avx512() {
 bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 #endif
 
+#if defined(EXL2_ARM_LEVELS)
+#define EXL2_TABLE_LEVEL dotprod
+const Level kDotprod = {"dotprod", EXL2_FOR_EACH_OP(EXL2_OP_IN_TABLE)};
+#undef EXL2_TABLE_LEVEL
+
+bool has_dotprod() {
+#if defined(__linux__)
+    constexpr unsigned long kAsimdDotProduct = 1ul << 20;  // HWCAP_ASIMDDP
+    return (getauxval(AT_HWCAP) & kAsimdDotProduct) != 0;
+#elif defined(__APPLE__)
+    return true;  // every one of these has them
+#else
+    return false;
+#endif
+}
+#endif
+
 // The level of this name, or the best if null; nullptr: unknown, or the processor lacks it.
 const Level* find_level(const char* name) {
 #if defined(EXL2_X86_LEVELS)
@@ -63,6 +84,9 @@ const Level* find_level(const char* name) {
     if (has_avx512vnni() && (name == nullptr || strcmp(name, kAvx512Vnni.name) == 0)) return &kAvx512Vnni;
     if (has_avx512() && (name == nullptr || strcmp(name, kAvx512.name) == 0)) return &kAvx512;
     if (has_avx2() && (name == nullptr || strcmp(name, kAvx2.name) == 0)) return &kAvx2;
+#endif
+#if defined(EXL2_ARM_LEVELS)
+    if (has_dotprod() && (name == nullptr || strcmp(name, kDotprod.name) == 0)) return &kDotprod;
 #endif
     return name == nullptr || strcmp(name, kBaseline.name) == 0 ? &kBaseline : nullptr;
 }

@@ -213,6 +213,7 @@ EXL2_DECLARE_LEVEL(baseline)
 EXL2_DECLARE_LEVEL(avx2)
 EXL2_DECLARE_LEVEL(avx512)
 EXL2_DECLARE_LEVEL(avx512vnni)
+EXL2_DECLARE_LEVEL(dotprod)
 
 namespace avx512vnni {
 int plane_matmul_by_sums(const PlaneMatmul& args);  // the same numbers; see spread_codes.h

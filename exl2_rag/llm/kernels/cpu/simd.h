@@ -135,6 +135,8 @@ inline Vec load_as_float(const Half* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #elif defined(__AVX2__)
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__aarch64__)
+    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&from->bits)));
 #else
     VecInt bits;
     for (int i = 0; i < kLanes; ++i) bits[i] = from[i].bits;
@@ -164,6 +166,8 @@ inline Vec through_half(Vec value) {
     return _mm512_cvtph_ps(_mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__AVX2__)
     return _mm256_cvtph_ps(_mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__aarch64__)
+    return vcvt_f32_f16(vcvt_f16_f32(value));
 #else
     Vec result;
     for (int i = 0; i < kLanes; ++i) result[i] = float_from_half(half_from_float(value[i]));
@@ -283,6 +287,15 @@ inline VecInt dot4(VecInt sum, VecUint codes, VecInt digits) {
     }
     return sum + reinterpret_cast<VecInt>(
                      _mm256_madd_epi16(_mm256_maddubs_epi16(reinterpret_cast<__m256i>(codes), right), ones));
+#elif defined(__ARM_FEATURE_DOTPROD)
+    // The instruction takes signed bytes on both sides; codes above 127 go in two halves.
+    const int8x16_t right = reinterpret_cast<int8x16_t>(digits);
+    if constexpr (kWide) {
+        const int8x16_t low = reinterpret_cast<int8x16_t>(codes & 0x0f0f0f0fu);
+        const int8x16_t high = reinterpret_cast<int8x16_t>((codes >> 4) & 0x0f0f0f0fu);
+        return vdotq_s32(sum, low, right) + (vdotq_s32(VecInt{}, high, right) << 4);
+    }
+    return vdotq_s32(sum, reinterpret_cast<int8x16_t>(codes), right);
 #else
     const VecInt bytes = reinterpret_cast<VecInt>(codes);
     sum += (bytes & 255) * (digits << 24 >> 24);
@@ -301,6 +314,9 @@ inline VecInt dot2(VecInt sum, VecInt a, VecInt b) {
     return sum + reinterpret_cast<VecInt>(_mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
 #elif defined(__AVX2__)
     return sum + reinterpret_cast<VecInt>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#elif defined(__aarch64__)
+    const int16x8_t left = reinterpret_cast<int16x8_t>(a), right = reinterpret_cast<int16x8_t>(b);
+    return sum + vpaddq_s32(vmull_s16(vget_low_s16(left), vget_low_s16(right)), vmull_high_s16(left, right));
 #else
     return sum + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
 #endif
@@ -320,6 +336,8 @@ inline float lane_maximum(Vec value) {
 inline int32_t lane_maximum(VecInt value) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_epi32(reinterpret_cast<__m512i>(value));
+#elif defined(__aarch64__)
+    return vmaxvq_s32(value);
 #else
     int32_t largest = value[0];
     for (int i = 1; i < kLanes; ++i) largest = value[i] > largest ? value[i] : largest;
@@ -330,6 +348,8 @@ inline int32_t lane_maximum(VecInt value) {
 inline int32_t lane_sum(VecInt value) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_epi32(reinterpret_cast<__m512i>(value));
+#elif defined(__aarch64__)
+    return vaddvq_s32(value);
 #else
     int32_t sum = 0;
     for (int i = 0; i < kLanes; ++i) sum += value[i];
