@@ -35,7 +35,7 @@ def convert(
     bits: Annotated[float, typer.Option("--bits", "-b", help="Average bits per weight; the head is extra.")] = 4.0,
     head_bits: Annotated[int, typer.Option(help="Bits of the output head: 2, 3, 4, 5, 6 or 8.")] = 6,
     method: Annotated[
-        str, typer.Option(help="“refined” loses least; “reference” does what ExLlamaV2's converter does.")
+        str, typer.Option(help="“refined” loses least; “reference” is ExLlamaV2's way; “uniform” measures nothing.")
     ] = "refined",
     calibration: Annotated[
         list[Path] | None,

@@ -105,7 +105,7 @@ _MIXES = (
     "8:1/128",
     "8:1/32",
 )
-_BELOW, _ABOVE = 1.25, 2.1  # layouts of so many bits less and more than the average are worth measuring
+_BELOW, _ABOVE = 2.2, 2.1  # layouts of so many bits less and more than the average are worth measuring
 
 
 def matrix_plans(bits: float, in_features: int, out_features: int) -> list[QuantisationPlan]:

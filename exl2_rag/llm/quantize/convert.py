@@ -31,6 +31,7 @@ from exl2_rag.llm.quantize.measure import block_name
 from exl2_rag.llm.quantize.measurement import (
     MeasuredOption,
     Measurement,
+    Slot,
     option_from_json,
     option_to_json,
     read_reference_file,
@@ -47,7 +48,7 @@ from exl2_rag.llm.quantize.passes import (
     block_specs,
     measure_model,
 )
-from exl2_rag.llm.quantize.rtn import QuantisationPlan, padded
+from exl2_rag.llm.quantize.rtn import QuantisationPlan, padded, plan_for_bits
 from exl2_rag.llm.tokenizer import Tokenizer
 
 _SAMPLE_BYTES = 1 << 20  # of each tensor file, to recognise the source by
@@ -195,11 +196,24 @@ def _measurement(
     if measurement_file is not None:
         blocks = [block_name(index, part) for index, part in all_parts(model.n_layers)]
         return read_reference_file(measurement_file, blocks)
+    if options.method == "uniform":
+        return _uniform(model, options.bits)
     if job.has("measurement.json"):
         return Measurement.from_json(job.read_json("measurement.json"))
     measurement = measure_model(model, text.ids[: options.measure_rows], options, job, progress)
     job.write_json("measurement.json", measurement.to_json())
     return measurement
+
+
+def _uniform(model: FloatModel, bits: float) -> Measurement:
+    """No choice for any matrix: the layout of least expected error that has these bits."""
+    slots = []
+    for index, part in all_parts(model.n_layers):
+        for short, spec in block_specs(model, index, part).items():
+            plan = plan_for_bits(bits, spec.in_features, spec.out_features)
+            option = MeasuredOption({short: plan}, plan.total_bits(spec.in_features, padded(spec.out_features)), 1.0)
+            slots.append(Slot(block_name(index, part), (option,)))
+    return Measurement(tuple(slots))
 
 
 def _plans(

@@ -9,9 +9,9 @@ from typing import Any, Final, Literal
 from exl2_rag.errors import SettingsError
 from exl2_rag.llm.quantize.candidates import HEAD_PLANS
 
-Method = Literal["refined", "reference"]
+Method = Literal["refined", "reference", "uniform"]
 
-METHODS: Final[tuple[Method, ...]] = ("refined", "reference")
+METHODS: Final[tuple[Method, ...]] = ("refined", "reference", "uniform")
 _LEAST_LENGTH = 16
 
 
@@ -36,7 +36,8 @@ class ConversionOptions:
             counted.
         head_bits: of the output head: 2, 3, 4, 5, 6 or 8.
         method: "refined" chooses layouts by what they cost the model's output, weighs scales by what errors cost, and
-            makes up for what earlier layers lost; "reference" does what ExLlamaV2's converter does.
+            makes up for what earlier layers lost; "reference" does what ExLlamaV2's converter does; "uniform" measures
+            nothing and gives every matrix the same bits, by plain GPTQ.
         rows, length: calibration text of the quantising pass: rows of so many tokens.
         measure_rows: rows of the measuring pass.
         seed: of what is drawn at random in the built-in calibration text.

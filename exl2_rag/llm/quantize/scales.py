@@ -26,6 +26,7 @@ _CLIPS = 24  # steps tried for a column, as shares of the one that just holds it
 _CLIP_FIRST, _CLIP_LAST = 0.40, 1.06
 _SHARES = 14  # multipliers tried for a group, as shares of the one that just reaches its largest step
 _SHARE_FIRST, _SHARE_LAST = 0.45, 1.10
+_FINE_SHARES = 11  # tried between the neighbours of the best of them
 _REACH = (-1, 0, 1)  # 4-bit scales tried around the nearest
 
 
@@ -70,17 +71,26 @@ def search_scales_weighted(group: Tensor, row_weights: Tensor, bits: int) -> Gro
     clips = torch.linspace(_CLIP_FIRST, _CLIP_LAST, _CLIPS, device=group.device)
     steps = base[None] * clips[:, None]
     wanted = steps.gather(0, rounding_costs(group, row_weights, steps, bits).argmin(0, keepdim=True))[0]
-    shares = torch.linspace(_SHARE_FIRST, _SHARE_LAST, _SHARES, device=group.device)
-    multipliers = (wanted.amax() * shares).to(torch.float16)
-    group_scales = exl2_group_scales(multipliers, 1.0).to(torch.float32)[:, None]
+    largest = wanted.amax()
+    coarse = torch.linspace(_SHARE_FIRST, _SHARE_LAST, _SHARES, device=group.device)
+    first = _best_multiplier(group, row_weights, wanted, largest * coarse, bits)
+    reach = (_SHARE_LAST - _SHARE_FIRST) / (_SHARES - 1)
+    fine = torch.linspace(-reach, reach, _FINE_SHARES, device=group.device)
+    return _best_multiplier(group, row_weights, wanted, first.scale_max.to(torch.float32) + largest * fine, bits)
+
+
+def _best_multiplier(group: Tensor, row_weights: Tensor, wanted: Tensor, multipliers: Tensor, bits: int) -> GroupScales:
+    """The best of some multipliers [S], with the 4-bit scales that come nearest to the wanted steps [N]."""
+    halves = multipliers.clamp(min=0).to(torch.float16)
+    group_scales = exl2_group_scales(halves, 1.0).to(torch.float32)[:, None]
     nearest = torch.sqrt(wanted[None] / group_scales.clamp(min=1e-30)).round()
-    tried = torch.stack([(nearest + offset).clamp(1, 16) for offset in _REACH], 1)  # [shares, reach, N]
+    tried = torch.stack([(nearest + offset).clamp(1, 16) for offset in _REACH], 1)  # [S, reach, N]
     columns = _column_steps(tried, group_scales[:, None])
     costs = rounding_costs(group, row_weights, columns.flatten(0, 1), bits).view(tried.shape)
     least, place = costs.min(1)
     best = int(least.sum(1, dtype=torch.float64).argmin())
     scale = tried[best].gather(0, place[best][None])[0]
-    return _scales(scale, multipliers[best], best)
+    return _scales(scale, halves[best], best)
 
 
 def round_to_codes(weights: Tensor, column_scale: Tensor, bits: int) -> Tensor:

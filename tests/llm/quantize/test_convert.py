@@ -92,6 +92,13 @@ def test_more_bits_lose_less(source, tmp_path):
     assert losses[0] > 2 * losses[1] > 4 * losses[2] > 0
 
 
+def test_uniform_gives_every_matrix_the_same_bits(source, tmp_path):
+    result = run(source, tmp_path / "exl2", bits=5.5, method="uniform")
+    sizes = Checkpoint.open(tmp_path / "exl2").layer_sizes()
+    assert len({sizes[f"model.layers.{layer}.mlp.up_proj"].widths for layer in range(2)}) == 1
+    assert result.bits_per_weight <= 5.5
+
+
 def test_the_same_conversion_writes_the_same_bytes(source, tmp_path):
     run(source, tmp_path / "a", bits=5.0)
     run(source, tmp_path / "b", bits=5.0)
@@ -253,7 +260,7 @@ def test_sources_that_cannot_be_converted_are_refused(source, tmp_path):
         ({"bits": 1.5}, "above 2"),
         ({"bits": float("nan")}, "above 2"),
         ({"head_bits": 7}, "head_bits must be one of"),
-        ({"method": "fast"}, "method must be one of refined, reference"),
+        ({"method": "fast"}, "method must be one of refined, reference, uniform"),
         ({"rows": 0}, "rows must be at least 1"),
         ({"rows": 2, "measure_rows": 3}, "measure_rows from 1 to rows"),
         ({"length": 3}, "length must be at least 16"),
