@@ -383,7 +383,7 @@ def test_an_explanation_counts_what_would_come_from_host_memory_and_disk(tmp_pat
     engine = tiered(tmp_path)
     found = engine.explain((*text(1, 59), 1, 2, 3, 4))
     assert (found.from_memory, found.from_ram, found.from_disk) == (0, 0, 56)
-    assert (found.reason, found.differs_at) == ("never seen", 56)
+    assert (found.reason, found.differs_at) == ("other text", 59)  # where the nearest stored text goes on differently
     answer(engine, text(1, 50))
     found = engine.explain(tuple(text(1, 61)))
     assert (found.from_memory, found.from_ram, found.from_disk) == (48, 0, 12)
