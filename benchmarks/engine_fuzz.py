@@ -25,6 +25,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "tiny cache": {"n_pages": 20},
     "tiny batch, strict priority": {"max_batch_size": 2, "max_overtakes": 0},
     "measured slices": {"max_inter_token_gap": 3.0, "max_batched_tokens": 40},
+    "drafts": {"has_drafts": True},
+    "drafts in a tiny cache": {"has_drafts": True, "n_pages": 20},
     "measured turns": {"max_inter_token_gap": 3.0, "prefill_in_turns": True},
 }
 OPERATIONS_A_RUN = 2500

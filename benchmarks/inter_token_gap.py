@@ -21,6 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--prompt-tokens", type=int, default=8192)
+    parser.add_argument("--computed-tokens", type=int, default=0, help="leading ones that are cached before")
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--gap", type=float, default=3.0)
     parser.add_argument("--by-tokens", action="store_true")
@@ -31,7 +32,9 @@ def main() -> None:
     def open_llm(**given: object) -> ExL2LLM:
         return ExL2LLM(model, max_inter_token_gap=gap, **given)  # type: ignore[arg-type]
 
-    sizes = EngineMeasure(prompt_tokens=options.prompt_tokens, streams=options.streams)
+    sizes = EngineMeasure(
+        prompt_tokens=options.prompt_tokens, computed_tokens=options.computed_tokens, streams=options.streams
+    )
     print(json.dumps({"model": model.resolve().name, **measure_inter_token_gap(open_llm, sizes)}))
 
 

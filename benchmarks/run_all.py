@@ -28,6 +28,7 @@ BENCHMARKS: dict[str, list[str]] = {
     "bench_4.5bpw": [*BENCH, "--bpw", "4.5"],
     "bench_2.5bpw": [*BENCH, "--bpw", "2.5"],
     "llama_cpp": ["benchmarks/peers/llama_cpp.py", "--peer-python", f"${PEER}"],
+    "inter_token_gap": ["benchmarks/inter_token_gap.py"],
     "page_size": ["benchmarks/page_size.py"],
     "prefix_reuse": ["benchmarks/prefix_reuse.py", "--sharing", "64"],
     "kv_store": ["benchmarks/kv_store.py"],

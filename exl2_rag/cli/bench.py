@@ -27,6 +27,7 @@ _STATUS = Path("/proc/self/status")
 
 @command
 def bench(
+    context: typer.Context,
     shape: Annotated[
         str | None, typer.Option(help=f"A model of random weights: llama-1.1b or llama-8b. Default: {DEFAULT_SHAPE}.")
     ] = None,
@@ -51,6 +52,8 @@ def bench(
 
     Every run has new random prompts, so none finds anything in the cache. Decode is timed from the first new token on.
     """
+    if context.invoked_subcommand is not None:
+        return
     if model is not None and (shape is not None or bpw is not None):
         raise SettingsError("give a model directory (--model) or a shape (--shape, --bpw), not both")
     if model is None:

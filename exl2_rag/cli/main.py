@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import typer
 
-from exl2_rag.cli import ask, bench, cache, chat, convert, demo, evaluate, generate, index, inspect, kernels, pull
+from exl2_rag.cli import (
+    ask,
+    bench,
+    bench_engine,
+    cache,
+    chat,
+    convert,
+    demo,
+    evaluate,
+    generate,
+    index,
+    inspect,
+    kernels,
+    pull,
+)
 
 app = typer.Typer(
     name="exl2-rag",
@@ -21,7 +35,10 @@ app.command("generate")(generate.generate)
 app.command("convert")(convert.convert)
 app.command("inspect")(inspect.inspect)
 app.command("pull")(pull.pull)
-app.command("bench")(bench.bench)
+bench_app = typer.Typer(rich_markup_mode="rich")
+bench_app.callback(invoke_without_command=True)(bench.bench)
+bench_app.command("engine")(bench_engine.engine)
+app.add_typer(bench_app, name="bench")
 app.command("demo")(demo.demo)
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(cache.app, name="cache")

@@ -7,6 +7,7 @@ share beginnings at random places and carry a needle of their own.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -27,7 +28,9 @@ from exl2_rag.errors import (
 from exl2_rag.llm.engine import Engine, Update
 from exl2_rag.llm.request import GenerationRequest, SamplingParams
 from exl2_rag.llm.sequence import Evaluation, Sequence, State
-from tests.support.toy_model import EOS, VOCAB, ToyModel, toy_engine, toy_logits
+from exl2_rag.llm.speculation.speculator import Speculator
+from tests.llm.speculation.drafts import FreeRows, Guesses
+from tests.support.toy_model import EOS, VOCAB, ToyModel, toy_engine, toy_logits, toy_text
 
 MAX_LEN = 72
 
@@ -52,11 +55,12 @@ class Odd:
         assert token_id % 2 == 1
         self.n_taken += 1
 
+    def rollback(self, n_tokens: int) -> None:
+        assert 0 <= n_tokens <= self.n_taken
+        self.n_taken -= n_tokens
+
     def count_allowed(self, token_ids: list[int]) -> int:
         return next((place for place, one in enumerate(token_ids) if one % 2 == 0), len(token_ids))
-
-    def rollback(self, n_tokens: int) -> None:
-        self.n_taken -= n_tokens
 
     def forced_tokens(self) -> list[int]:
         return [7, 9] if self.n_taken in (0, 5) else []
@@ -85,10 +89,11 @@ class EngineFuzz:
 
     Args:
         seed: names the whole run.
+        has_drafts: sequences get drafts of their next tokens, of which some are wrong.
         sizes: fields of `EngineConfig`; the defaults are tight in every respect.
     """
 
-    def __init__(self, seed: int, **sizes: Any) -> None:
+    def __init__(self, seed: int, *, has_drafts: bool = False, **sizes: Any) -> None:
         self.random = random.Random(seed)
         self.model = ToyModel()
         self.sizes = {
@@ -101,7 +106,8 @@ class EngineFuzz:
             "max_overtakes": 3,
             **sizes,
         }
-        self.engine: Engine = toy_engine(self.model, **self.sizes)
+        speculator = Speculator(Guesses(_guess, wrong=0.2, seed=seed), costs=FreeRows()) if has_drafts else None
+        self.engine: Engine = toy_engine(self.model, speculator=speculator, **self.sizes)
         self.live: dict[Sequence, Tracked] = {}
         self.pins: list[Sequence] = []
         self.counts: Counter[str] = Counter()
@@ -116,6 +122,7 @@ class EngineFuzz:
             self.pin: 8,
             self.unpin: 12,
             self.expire: 6,
+            self.evict: 6,
             self.break_logits: 4,
             self.fail_step: 1,
             self.refuse: 5,
@@ -190,6 +197,17 @@ class EngineFuzz:
             self._may_fail(sequence, RequestTimeoutError)
             self.step()
             assert sequence not in self.live
+
+    def evict(self) -> None:
+        """Forget cached pages: all, or of one text, of one tenant or of all."""
+        before = self.engine.report()
+        text = self.random.choice((None, self.random.choice(self._prefixes)))
+        n_pages = self.engine.evict(
+            text, cache_salt=self.random.choice((None, "one")), all_salts=self.random.random() < 0.5
+        )
+        after = self.engine.report()
+        assert after.free_pages == before.free_pages + n_pages
+        assert (after.running_pages, after.pinned_pages) == (before.running_pages, before.pinned_pages)
 
     def break_logits(self) -> None:
         """One step whose logits are NaN for whoever ends with a certain token."""
@@ -284,6 +302,7 @@ class EngineFuzz:
             seed=self.random.randrange(2**40),
             stop_token_ids=(self.random.randrange(VOCAB),) if roll() < 0.2 else (),
             ignore_eos=roll() < 0.7,
+            banned_strings=(toy_text(self._tokens(self.random.randrange(1, 3))),) if roll() < 0.15 else (),
             n=n,
         )
         constraint: Any = None
@@ -367,7 +386,8 @@ class EngineFuzz:
     def _expected(self, sequence: Sequence, tracked: Tracked) -> list[int]:
         request = tracked.request
         assert request is not None
-        if request.sampling.temperature > 0 or request.constraint is not None:
+        sampling = request.sampling
+        if sampling.temperature > 0 or sampling.banned_strings or request.constraint is not None:
             if tracked.alone is None:
                 tracked.alone = _alone(request, sequence.seed)
             return tracked.alone
@@ -388,16 +408,18 @@ class EngineFuzz:
         return sum(pages[index].n_holders == 1 for index in sequence.held.pages)
 
 
+def _guess(sequence: Sequence, n: int) -> list[int]:
+    """What the sequence would say greedily."""
+    tokens = list(sequence.token_ids)
+    for _ in range(n):
+        tokens.append(greedy_token(tuple(tokens)))
+    return tokens[len(sequence.token_ids) :]
+
+
 def _alone(request: GenerationRequest, seed: int) -> list[int]:
     """What the request gives in an engine of its own; of one that fails, what came before."""
     engine = toy_engine(max_seq_len=MAX_LEN)
-    sampling = SamplingParams(
-        max_tokens=request.sampling.max_tokens,
-        temperature=request.sampling.temperature,
-        seed=seed,
-        stop_token_ids=request.sampling.stop_token_ids,
-        ignore_eos=request.sampling.ignore_eos,
-    )
+    sampling = dataclasses.replace(request.sampling, n=1, seed=seed)
     engine.add(engine.prepare(GenerationRequest(request.token_ids, sampling, request.constraint)))
     tokens: list[int] = []
     while engine.has_work:
