@@ -22,6 +22,7 @@ from exl2_rag.errors import (
     ContextOverflowError,
     EngineError,
     Exl2RagError,
+    PinLimitError,
     QueueFullError,
     RequestTimeoutError,
 )
@@ -327,6 +328,12 @@ class EngineFuzz:
     def _add(self, sequence: Sequence, tracked: Tracked) -> None:
         try:
             self.engine.add(sequence)
+        except PinLimitError:
+            assert sequence.keep_pages
+            assert self.pins
+            self.counts["pin limit"] += 1
+            self.engine.abort(sequence)
+            return
         except QueueFullError:
             self.counts["queue full"] += 1
             scheduler = self.engine._scheduler
