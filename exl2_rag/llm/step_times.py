@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-ALLOWED_SHARE = 0.85
+ALLOWED_SHARE = 0.75
 """Of the promised gap that is planned to be used; the rest is for what steps vary by."""
 
 LEAST_TOKENS = 2
