@@ -158,3 +158,11 @@ def test_a_fork_has_the_same_past_and_its_own_future() -> None:
     assert state.history.last().tolist() == [0, 1, 2]
     assert twin.history.last().tolist() == [0, 1, 5, 5]
     assert twin.mu(1) == 10.0
+
+
+def test_a_repetition_does_not_reach_over_a_breaker() -> None:
+    values, history = {"dry_multiplier": 1.0, "dry_base": 3.0}, [3, 0, 1, 2, 5, 3, 0, 1]
+    assert after(values, history, breakers=[4]) == pytest.approx([2.0, -1.0, -2.5, 0.0, -3.0, 1.0])
+    assert after(values, history, breakers=[3]) == pytest.approx([2.0, -1.0, -0.5, 0.0, -3.0, 1.0])
+    for breakers in ([0], [1]):
+        assert after(values, history, breakers=breakers) == LOGITS
