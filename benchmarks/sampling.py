@@ -1,7 +1,8 @@
 """Times the sampler on the CPU: milliseconds for one step of a batch, by vocabulary, batch and parameters.
 
-    python benchmarks/sampling.py [--other OTHER_SAMPLER.py] [--out results.json]
+    python benchmarks/sampling.py [--cpu-time] [--other OTHER_SAMPLER.py] [--out results.json]
 
+With `--cpu-time` it is the least processor time of one thread, which a busy machine disturbs little; else medians.
 `--other` names a second sampler module with `Draw` and `sample`, timed in turn with ours on the same logits.
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from exl2_rag import SamplingParams
 from exl2_rag.llm import sampler
 from exl2_rag.llm.sampling.draw import Draw
@@ -46,8 +48,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--other", type=Path)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
+    if options.cpu_time:
+        torch.set_num_threads(1)
     other = _load(options.other) if options.other else None
     rows = []
     for vocab_size in (32_000, 128_256):
@@ -58,10 +63,15 @@ def main() -> None:
                 timed: dict[str, Callable[[], object]] = {"ms": _ours(logits, params)}
                 if other is not None and name in PLAIN:
                     timed["other_ms"] = _theirs(other, logits, params)
-                times = _in_turn(timed, options.rounds)
+                times = _in_turn(timed, options.rounds, cpu_time=options.cpu_time)
                 rows.append({"vocab": vocab_size, "batch": batch, "params": name, **times})
                 print(json.dumps(rows[-1]), file=sys.stderr)
-    report = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "rows": rows}
+    report = {
+        "processor": platform.processor() or platform.machine(),
+        "cpu_time": options.cpu_time,
+        "threads": torch.get_num_threads(),
+        "rows": rows,
+    }
     text = json.dumps(report, indent=1)
     if options.out:
         options.out.write_text(text + "\n", encoding="utf-8")
@@ -83,15 +93,16 @@ def _theirs(module: Any, logits: torch.Tensor, params: SamplingParams) -> Callab
     return lambda: module.sample(logits, draws)
 
 
-def _in_turn(timed: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Medians over rounds in which each runs once."""
+def _in_turn(timed: dict[str, Callable[[], object]], rounds: int, *, cpu_time: bool) -> dict[str, float]:
+    """Milliseconds over rounds in which each runs once."""
+    clock, summary = (time.process_time, min) if cpu_time else (time.perf_counter, statistics.median)
     seconds: dict[str, list[float]] = {name: [] for name in timed}
     for _ in range(rounds + 2):
         for name, run in timed.items():
-            start = time.perf_counter()
+            start = clock()
             run()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: round(1000 * statistics.median(values[2:]), 4) for name, values in seconds.items()}
+            seconds[name].append(clock() - start)
+    return {name: round(1000 * summary(values[2:]), 4) for name, values in seconds.items()}
 
 
 def _load(path: Path) -> Any:
