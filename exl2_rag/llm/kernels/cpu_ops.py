@@ -178,13 +178,9 @@ def digits(library: ctypes.CDLL, x: Tensor, perm: Tensor) -> tuple[Tensor, Tenso
     chunks = in_features // CHUNK_ROWS
     whole = rows > FEW_ROWS
     shape = (chunks, rows) if whole else (rows, chunks)
-    numbers = (
-        work_memory.empty((*shape, CHUNK_ROWS), torch.int16)
-        if whole
-        else torch.empty((*shape, 2 * CHUNK_ROWS), dtype=torch.int8)
-    )
-    scales = torch.empty(shape, dtype=torch.float32)
-    sums = torch.empty(shape, dtype=torch.int32)
+    numbers = work_memory.empty((*shape, CHUNK_ROWS if whole else 2 * CHUNK_ROWS), torch.int16 if whole else torch.int8)
+    scales = work_memory.empty(shape, torch.float32)
+    sums = work_memory.empty(shape, torch.int32)
     if rows:
         arguments = _Digits(at(x), rows, in_features, at_or_null(perm), int(whole), at(numbers), at(scales), at(sums))
         call(library, "digits", arguments)

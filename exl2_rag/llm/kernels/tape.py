@@ -21,15 +21,18 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from exl2_rag.errors import KernelError
-from exl2_rag.llm.kernels import native, status
+from exl2_rag.llm.kernels import native, status, work_memory
+from exl2_rag.llm.kernels.work_memory import WorkMemory
 
 _local = threading.local()
+
+_SLAB_BYTES = 32 << 20
 
 # Calls that compute nothing: properties, questions, fresh memory.
 _HARMLESS = frozenset(
     {
         *("__get__", "dim", "size", "stride", "numel", "is_contiguous", "element_size", "data_ptr"),
-        *("empty", "empty_like", "new_empty"),
+        *("empty", "empty_like", "new_empty", "frombuffer"),
     }
 )
 
@@ -43,14 +46,19 @@ _VIEWS = frozenset(
 
 
 class Tape:
-    """What was recorded. Holds every tensor its ops touch, until it is dropped itself.
+    """What was recorded. Holds the memory that its ops touch, until it is dropped itself.
+
+    What an op leaves for later ones of the recording alone lies where something else lay before, or comes to lie: the
+    ops run again in the same order.
 
     Attributes:
+        memory: for the results of its ops.
         problem: why it cannot be run, once the recording has ended; None if it can.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.problem: str | None = None
+        self.memory = WorkMemory(_SLAB_BYTES, 1, gives_back=False)
         self._library = library
         self._entries: list[tuple[str, int, ctypes.Structure]] = []
         self._tensors: list[Tensor] = []
@@ -69,7 +77,8 @@ class Tape:
 
     def hold(self, tensor: Tensor) -> None:
         """Keep the memory of a tensor."""
-        self._tensors.append(tensor)
+        if not self.memory.owns(tensor.data_ptr()):
+            self._tensors.append(tensor)
 
     def seal(self) -> None:
         """End the recording."""
@@ -146,7 +155,7 @@ def record() -> Iterator[Tape]:
     tape, watch = Tape(library), _Watch()
     _local.tape = tape
     try:
-        with watch:
+        with watch, work_memory.use(tape.memory):
             yield tape
     finally:
         _local.tape = None

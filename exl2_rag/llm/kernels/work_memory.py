@@ -16,11 +16,11 @@ import os
 import threading
 import weakref
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-
-from exl2_rag.llm.kernels import tape
 
 SLAB_BYTES = 256 << 20
 SMALLEST_BYTES = 1 << 20
@@ -50,6 +50,14 @@ class Slab:
         self._holes = [(0, n_bytes)]
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._map.madvise(mmap.MADV_HUGEPAGE)  # a wish: where it is not granted, the pages are small ones
+
+    def part(self, address: int, n_bytes: int) -> ctypes.Array[ctypes.c_char]:
+        """The bytes there; keeps the addresses valid, even when the slab is gone."""
+        return (ctypes.c_char * n_bytes).from_buffer(self._map, address - self.base + self._offset)
+
+    def owns(self, address: int) -> bool:
+        """Whether it is one of this slab's."""
+        return self.base <= address < self.base + self._n_bytes
 
     @property
     def is_unused(self) -> bool:
@@ -84,9 +92,18 @@ class Slab:
 
 
 class WorkMemory:
-    """Hands out tensors on the CPU whose memory is used again when they and their views are gone. For any threads."""
+    """Hands out tensors on the CPU whose memory is used again when they and their views are gone. For any threads.
 
-    def __init__(self, slab_bytes: int = SLAB_BYTES, smallest_bytes: int = SMALLEST_BYTES) -> None:
+    Args:
+        slab_bytes: addresses taken from the system at a time.
+        smallest_bytes: smaller tensors are left to torch.
+        gives_back: what nobody uses goes back to the system.
+    """
+
+    def __init__(
+        self, slab_bytes: int = SLAB_BYTES, smallest_bytes: int = SMALLEST_BYTES, *, gives_back: bool = True
+    ) -> None:
+        self._gives_back = gives_back
         self._slab_bytes = slab_bytes
         self._smallest_bytes = smallest_bytes
         self._slabs: list[Slab] = []
@@ -97,10 +114,13 @@ class WorkMemory:
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialised, contiguous tensor on the CPU."""
         n_bytes = math.prod(shape) * dtype.itemsize
-        # What a tape holds stays for as long as the tape, which would keep the rest from being given back.
-        if n_bytes < self._smallest_bytes or tape.current() is not None:
+        if n_bytes < self._smallest_bytes:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(self._take(n_bytes), dtype=dtype).view(shape)
+
+    def owns(self, address: int) -> bool:
+        """Whether it lies in this memory."""
+        return any(slab.owns(address) for slab in self._slabs)
 
     def forget_lock(self) -> None:
         """In a forked child: the thread that held the lock may not be there."""
@@ -119,7 +139,7 @@ class WorkMemory:
                 self._slabs.append(slab)
                 address = slab.take(padded)
                 assert address is not None
-            part = (ctypes.c_char * n_bytes).from_address(address)
+            part = slab.part(address, n_bytes)
             # The tensor's storage holds `part`; when that goes, so has everything that looks at this memory.
             self._taken[address] = (slab, padded, weakref.ref(part, lambda _: self._free(address)))
         return part
@@ -130,7 +150,7 @@ class WorkMemory:
         if self._lock.acquire(blocking=False):
             try:
                 self._collect()
-                if not self._taken:
+                if self._gives_back and not self._taken:
                     for slab in self._slabs:
                         slab.give_back()
             finally:
@@ -144,10 +164,22 @@ class WorkMemory:
 
 
 _memory = WorkMemory()
+_chosen = threading.local()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_memory.forget_lock)
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     """An uninitialised, contiguous tensor on the CPU for results of an op."""
-    return _memory.empty(shape, dtype)
+    memory: WorkMemory = getattr(_chosen, "memory", _memory)
+    return memory.empty(shape, dtype)
+
+
+@contextmanager
+def use(memory: WorkMemory) -> Iterator[None]:
+    """Let this thread's results lie in a memory of their own meanwhile."""
+    _chosen.memory = memory
+    try:
+        yield
+    finally:
+        del _chosen.memory

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exl2_rag.llm.kernels import tape
+from exl2_rag.llm.kernels import ops, tape
 from exl2_rag.llm.kernels.work_memory import Slab, WorkMemory
 
 
@@ -59,12 +59,30 @@ def test_what_is_given_back_costs_nothing_and_reads_as_zero(memory):
     assert not again.any()  # fresh pages
 
 
-def test_small_tensors_and_those_of_a_tape_are_left_to_torch(memory, native_kernels):
-    memory.empty((10,), torch.float32)
-    with tape.record():
-        memory.empty((10_000,), torch.float32)
-    assert not memory._slabs
+def test_small_tensors_are_left_to_torch(memory):
+    assert memory.empty((10,), torch.float32).shape == (10,)
     assert memory.empty((0, 5), torch.float32).shape == (0, 5)
+    assert not memory._slabs
+
+
+def test_a_tape_uses_the_memory_of_dead_results_again_and_keeps_the_last(native_kernels):
+    x, weight = torch.full((3, 64), 2.0), torch.ones(64)
+    with tape.record() as recording:
+        places = []
+        y = x
+        for _ in range(6):
+            y = ops.rms_norm(y, weight, 0.0)
+            places.append(y.data_ptr())
+    assert recording.problem is None
+    assert len(set(places)) == 2
+    for value in (4.0, -3.0):
+        x.fill_(value)
+        y.zero_()
+        recording.run()
+        torch.testing.assert_close(y, torch.full((3, 64), value / abs(value)))
+    del recording
+    gc.collect()
+    assert float(y.sum()) == -3 * 64  # valid, though the tape is gone
 
 
 def test_threads_may_take_and_drop_at_once(memory):
