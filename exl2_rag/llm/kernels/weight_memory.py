@@ -44,7 +44,8 @@ class WeightMemory:
 def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A contiguous tensor of zeros on the CPU. It takes memory only as it is written to."""
     n_bytes = max(1, math.prod(shape) * dtype.itemsize)
-    if sys.platform != "linux":
+    # A large page is resident as a whole: for a layer of a small cache that would be a multiple of what it holds.
+    if sys.platform != "linux" or n_bytes < 8 * _LARGE_PAGE:
         return torch.zeros(shape, dtype=dtype)
     memory = mmap.mmap(-1, n_bytes + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
