@@ -56,6 +56,8 @@ KINDS = {
     ),
     "gptq, fast": Kind(_gptq, {"precision": "fast", "cache_dtype": "fp16"}),
     "gptq, exact": Kind(_gptq, {"precision": "exact"}),
+    "exl2, 8-bit cache": Kind(lambda path: make_model_dir(path, quantised=True, seed=3), {"cache_dtype": "q8"}),
+    "float16, 4-bit cache": Kind(lambda path: make_model_dir(path, dtype=torch.float16), {"cache_dtype": "q4"}),
     "demo": Kind(lambda _path: demo.model_dir()),
 }
 
