@@ -96,7 +96,8 @@ def busy(text: str, *, quiet: bool = False) -> Iterator[None]:
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        names = [field.name for field in dataclasses.fields(value) if not field.name.startswith("_")]
+        return {name: getattr(value, name) for name in names}
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, set | frozenset | tuple):
