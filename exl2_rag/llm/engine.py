@@ -6,45 +6,38 @@ logits, its text) ends that request alone. `prepare` may be called from any thre
 
 from __future__ import annotations
 
-import dataclasses
-import secrets
 import time
 from collections.abc import Callable, Iterable
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from exl2_rag.errors import EngineError, Exl2RagError, RequestError
-from exl2_rag.llm.continuation import KEPT_BACK_TOKENS, Continuation
+from exl2_rag.errors import EngineError, Exl2RagError
+from exl2_rag.llm.continuation import Continuation
 from exl2_rag.llm.drawing import Ready, draw_each
 from exl2_rag.llm.engine_cache import EngineCache, Loras
 from exl2_rag.llm.engine_config import EngineConfig
 from exl2_rag.llm.fingerprint import CacheIdentity, root_key
-from exl2_rag.llm.guidance import accompany, negative_ids, room_for_two, when_both_are_there
-from exl2_rag.llm.lora.choice import Lora, lora_identity
+from exl2_rag.llm.guidance import when_both_are_there
+from exl2_rag.llm.lora.choice import Lora
 from exl2_rag.llm.model_runner import ModelRunner
 from exl2_rag.llm.next_tokens import allowed_next
-from exl2_rag.llm.output_text import OutputText, TokenDecoder
 from exl2_rag.llm.page_table import PageTable
 from exl2_rag.llm.prefill_rate import PrefillRate
-from exl2_rag.llm.prompt_logprobs import PromptLogprobs
-from exl2_rag.llm.prompt_report import PromptReport, check_prompt, final_report
-from exl2_rag.llm.request import FinishReason, GenerationRequest, SamplingParams, StreamPiece, branch_seed
+from exl2_rag.llm.prompt_report import final_report
+from exl2_rag.llm.request import FinishReason, GenerationRequest, StreamPiece
+from exl2_rag.llm.request_preparation import RequestPreparation, TextTools
 from exl2_rag.llm.sampler import DrawnToken
-from exl2_rag.llm.sampler_setup import TokenTexts, next_draw, sampler_state
+from exl2_rag.llm.sampler_setup import next_draw
 from exl2_rag.llm.sampling.draw import Draw
 from exl2_rag.llm.scheduler import Scheduler, Slice, StepPlan
 from exl2_rag.llm.sequence import Evaluation, Sequence, State
-from exl2_rag.llm.sources import source_positions
 from exl2_rag.llm.speculation.speculator import Speculator
 from exl2_rag.llm.tenants import Tenants
 
 if TYPE_CHECKING:
-    from exl2_rag.llm.constraint import ConstraintMatcher
     from exl2_rag.llm.kv_store.tiers import CacheTiers
-    from exl2_rag.llm.token_healing import Healing
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,26 +52,6 @@ class Update:
     def is_last(self) -> bool:
         """Whether the sequence has ended."""
         return self.error is not None or (self.piece is not None and self.piece.finish_reason is not None)
-
-
-class TextTools(TokenTexts, Protocol):
-    """What the engine needs to turn tokens into text and constraints into masks."""
-
-    def decoder(self, prompt: tuple[int, ...]) -> TokenDecoder:
-        """A fresh decoder for what follows the prompt."""
-        ...
-
-    def shown_text(self, token_ids: Seq[int]) -> str:
-        """The text of any token ids, special tokens included, to be shown to people."""
-        ...
-
-    def matcher(self, request: GenerationRequest) -> ConstraintMatcher | None:
-        """A fresh matcher of the request's constraint. Raises ConstraintError if it cannot be enforced."""
-        ...
-
-    def healing(self, prompt: tuple[int, ...]) -> Healing | None:
-        """What of the prompt's end the continuation should begin with instead; None: nothing."""
-        ...
 
 
 class Engine(EngineCache):
@@ -119,13 +92,20 @@ class Engine(EngineCache):
         self._speculator = speculator
         self._continuation = Continuation(text.token_text, self._forget_rows)
         self._vocab_size = vocab_size
-        self._eos_token_ids = frozenset(eos_token_ids)
         self.identity = identity
         self._loras = loras
         self.tiers = tiers
         self._clock = clock
         digest = b"" if identity is None else identity.digest()
         self._tenants = Tenants(lambda salt, lora: root_key(digest, salt=salt, lora=lora))
+        self._preparation = RequestPreparation(
+            config,
+            text,
+            vocab_size=vocab_size,
+            eos_token_ids=eos_token_ids,
+            root=self.cache_root,
+            loras=self._lora_set,
+        )
         self._prefill_rate = PrefillRate()
         self._scheduler = self._fresh_scheduler()
         self.n_computed_last = 0  # tokens of the last step
@@ -147,57 +127,9 @@ class Engine(EngineCache):
         """Check a request and make what it needs, without queueing it. Safe from any thread.
 
         Raises:
-            ContextOverflowError: the prompt leaves no room for a new token.
-            RequestError: the prompt is empty or holds ids outside the vocabulary, or there is no such adapter.
-            ConstraintError: the constraint cannot be enforced.
+            ContextOverflowError, RequestError, ConstraintError: see `RequestPreparation.text`.
         """
-        sampling, token_ids = request.sampling, request.token_ids
-        check_prompt(token_ids, self.config, self._vocab_size, n_new=1)
-        healing = self._healing(request)
-        if healing is not None:
-            token_ids = token_ids[: -healing.n_tokens]
-        room = self.config.sequence_limit - len(token_ids)
-        if sampling.is_guided:
-            negative = negative_ids(sampling, request.token_ids)
-            check_prompt(negative, self.config, self._vocab_size, n_new=1)
-            room = room_for_two(self.config, token_ids, negative)
-        stop_ids = frozenset(sampling.stop_token_ids)
-        lora = self._lora_set(request.lora)
-        # A constraint allows an end-of-sequence id only where its text is complete; nothing can follow it then.
-        if request.constraint is not None or not sampling.ignore_eos:
-            stop_ids |= self._eos_token_ids
-        collector = None
-        if request.prompt_logprobs is not None:
-            collector = PromptLogprobs(token_ids, top=request.prompt_logprobs)
-        sequence = Sequence(
-            token_ids,
-            max_new_tokens=room if sampling.max_tokens is None else min(room, sampling.max_tokens),
-            sampling=sampling,
-            seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
-            output=OutputText(
-                self._text.decoder(token_ids),
-                sampling.stop,
-                sampling.banned_strings,
-                n_hidden=0 if healing is None else healing.n_characters,
-                n_kept_back=KEPT_BACK_TOKENS if sampling.banned_strings and request.constraint is not None else 0,
-            ),
-            stop_token_ids=stop_ids,
-            matcher=self._text.matcher(request),
-            sampler=sampler_state(sampling, token_ids, stop_ids, self._text, self._vocab_size),
-            healing=healing,
-            cache_root=self.cache_root(request.cache_salt, lora_identity(lora)),
-            lora=lora,
-            priority=request.priority,
-            timeout_s=request.timeout_s,
-            sources=source_positions(request.sources),
-            evaluation=None if collector is None else Evaluation(0, collector.receive),
-            prompt_logprobs=collector,
-            prompt_report=PromptReport(request.dropped_messages, request.dropped_tokens),
-        )
-        if sampling.is_guided:
-            accompany(sequence, negative)
-        sequence.branches = self._branches(request, sequence.seed)
-        return sequence
+        return self._preparation.text(request)
 
     def prepare_prompt(
         self,
@@ -214,17 +146,13 @@ class Engine(EngineCache):
         Raises:
             ContextOverflowError, RequestError: as for `prepare`.
         """
-        check_prompt(token_ids, self.config, self._vocab_size, n_new=0)
-        adapters = self._lora_set(lora)
-        return Sequence(
+        return self._preparation.prompt(
             token_ids,
-            max_new_tokens=0,
-            sampling=SamplingParams(),
-            evaluation=evaluation,
             keep_pages=keep_pages,
+            evaluation=evaluation,
+            cache_salt=cache_salt,
+            lora=lora,
             pin_ttl_s=pin_ttl_s,
-            cache_root=self.cache_root(cache_salt, lora_identity(adapters)),
-            lora=adapters,
         )
 
     def add(self, sequence: Sequence) -> None:
@@ -323,15 +251,6 @@ class Engine(EngineCache):
 
         return self.tiers.restore(sequence, carry_out_copies, others_run=bool(self._scheduler.running))
 
-    def _healing(self, request: GenerationRequest) -> Healing | None:
-        if not request.sampling.token_healing:
-            return None
-        if request.constraint is not None:
-            raise RequestError(
-                "token_healing cannot go together with a constraint, which begins where the prompt ends; leave one out"
-            )
-        return self._text.healing(request.token_ids)
-
     def _advance_prompt(self, one: Slice, logits: Tensor) -> Update | None:
         """Hand on the logits that are asked for; end a sequence that only computes its prompt, when that is done."""
         sequence = one.sequence
@@ -411,16 +330,6 @@ class Engine(EngineCache):
                 self._runner.copy_rows(self._scheduler.fork(sequence))
                 forked += [(one, logits) for one in sequence.branches if one.state is not State.ENDED]
         return forked
-
-    def _branches(self, request: GenerationRequest, seed: int) -> tuple[Sequence, ...]:
-        """The other continuations of a request for several; each is a request of its own with a seed of its own."""
-        branches = []
-        for index in range(1, request.sampling.n):
-            sampling = dataclasses.replace(request.sampling, n=1, seed=branch_seed(seed, index))
-            branch = self.prepare(dataclasses.replace(request, sampling=sampling, prompt_logprobs=None))
-            branch.index = index
-            branches.append(branch)
-        return tuple(branches)
 
     def _forget_rows(self, sequence: Sequence) -> None:
         self._scheduler.forget_rows(sequence)
