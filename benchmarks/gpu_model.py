@@ -116,7 +116,19 @@ class NoText:
     def shown_text(self, token_ids: Any) -> str:
         return ""
 
+    def token_text(self, token_id: int) -> str:
+        return ""
+
+    def tokens_with(self, text: str) -> frozenset[int]:
+        return frozenset()
+
+    def special_tokens(self) -> frozenset[int]:
+        return frozenset()
+
     def matcher(self, request: GenerationRequest) -> None:
+        return None
+
+    def healing(self, prompt: tuple[int, ...]) -> None:
         return None
 
     def push(self, token_id: int) -> str:
@@ -124,6 +136,12 @@ class NoText:
 
     def flush(self) -> str:
         return ""
+
+    def state(self) -> None:
+        return None
+
+    def restore(self, state: object) -> None:
+        del state
 
 
 class SpeedModel:

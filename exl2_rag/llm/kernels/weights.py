@@ -146,8 +146,8 @@ class PlaneWeights:
         return sum(part.nbytes for part in parts)
 
 
-FEW_ROWS = 4
-"""Rows that are multiplied by codes as they lie in memory; `kMostTokens` of cpu/plane_matmul.cpp."""
+FEW_ROWS = 16
+"""Rows that are multiplied by codes as they lie in memory, four at a time; for more, codes are spread out first."""
 
 WHOLE_ORDER = tuple(4 * (i % 16 // 2) + i % 2 + 2 * (i // 16) for i in range(CHUNK_ROWS))
 """Stored rows of a chunk as many tokens have them: the first two of each four, then the last two."""

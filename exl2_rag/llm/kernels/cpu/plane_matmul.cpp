@@ -6,9 +6,9 @@
 //     chunk:   f = float(128 * high_sum + low_sum - zero * sum(n));   piece += s * f        s: scale of x in the chunk
 //     piece:   up to 128 rows of one group;                            y += scale[n] * piece
 //
-// Few rows (T <= 4) multiply codes as they come out of the planes, so memory is read once, front to back. With more rows,
-// 128 rows of codes at a time are spread out to 16 bits and multiplied by whole n (spread_codes.h): the same integers, with
-// half as many sums to end. Both ways give the same bits.
+// Few rows (x in digits, T <= FEW_ROWS of weights.py) multiply codes as they come out of the planes, four rows at a time, so
+// memory is read once, front to back. With more, 128 rows of codes at a time are spread out to 16 bits and multiplied by
+// whole n (spread_codes.h): the same integers, with half as many sums to end. Both ways give the same bits.
 #include <stdint.h>
 
 #include "../exl2_layout.h"
@@ -21,7 +21,7 @@ namespace exl2 {
 namespace EXL2_LEVEL {
 namespace {
 
-constexpr int kMostTokens = 4;  // rows of x that are multiplied straight from the planes: 16 sums of 32 AVX-512 registers
+constexpr int kMostTokens = 4;  // rows of x that are multiplied together from the planes: 16 sums of 32 AVX-512 registers
 constexpr int kDigitBytes = 2 * kChunkRows;  // of a chunk
 
 // Vectors of columns that share the loads of x.
@@ -210,7 +210,7 @@ void tile_scales(const Job& job, int64_t tile, float* out) {
     }
 }
 
-// y [T, 32] of a tile straight from the planes, T <= kMostTokens; x in digits.
+// y [T, 32] of a tile straight from the planes; x in digits. The second four rows find the tile in the cache.
 void multiply_packed(const Job& job, const uint8_t* units, TileTables tables, float* y) {
     Numbers x{static_cast<const int8_t*>(job.args.numbers), job.args.x_scales, job.args.sums, job.args.in / kChunkRows};
     for (int next = 0; next < job.n_pieces;) {
@@ -218,7 +218,10 @@ void multiply_packed(const Job& job, const uint8_t* units, TileTables tables, fl
         const int bits = pieces->bits;
         int n = 0, chunks = 0;
         while (next + n < job.n_pieces && pieces[n].bits == bits) chunks += pieces[n++].chunks;
-        packed_function(bits, tables.zeros != nullptr, static_cast<int>(job.args.rows))(units, pieces, n, tables, x, y);
+        for (int64_t t = 0; t < job.args.rows; t += kMostTokens) {
+            const int tokens = static_cast<int>(job.args.rows - t < kMostTokens ? job.args.rows - t : kMostTokens);
+            packed_function(bits, tables.zeros != nullptr, tokens)(units, pieces, n, tables, x.at(t, 0), y + t * kTileColumns);
+        }
         units += static_cast<int64_t>(chunks) * bits * kUnitBytes;
         x = x.at(0, chunks);
         next += n;
@@ -279,7 +282,6 @@ template <bool kBySums>
 int multiply(const PlaneMatmul& args) {
     static_assert(alignof(Piece) <= alignof(float), "pieces lie behind floats");
     const int64_t chunks = args.in / kChunkRows;
-    if (args.whole == 0 && args.rows > kMostTokens) return kOutOfRange;
     const int64_t piece_words = chunks * static_cast<int64_t>(sizeof(Piece) / sizeof(float));
     float* group_scales = scratch(1, static_cast<size_t>(args.n_groups + piece_words));
     if (group_scales == nullptr) return kNoMemory;
