@@ -176,39 +176,44 @@ void check_matmul() {
     print_exact("planes", planes);
 
     const std::vector<float> x = floats(static_cast<size_t>(kRows * in));
-    std::vector<int8_t> digits(x.size() * 2);
-    std::vector<float> x_scales(x.size() / 32), y(kRows * kOut);
-    std::vector<int32_t> sums(x_scales.size());
-    exl2::Digits make = {};
-    make.x = x.data();
-    make.rows = kRows;
-    make.in = in;
-    make.digits = digits.data();
-    make.scales = x_scales.data();
-    make.sums = sums.data();
-    check(exl2_op_digits(&make), "digits");
-    print_exact("digits", digits);
-    print_exact("sums", sums);
-
     const std::vector<uint16_t> group_scales(static_cast<size_t>(n_groups), 0x1c00);  // 2^-8
-    exl2::PlaneMatmul multiply = {};
-    multiply.digits = digits.data();
-    multiply.x_scales = x_scales.data();
-    multiply.sums = sums.data();
-    multiply.rows = kRows;
-    multiply.in = in;
-    multiply.out = kOut;
-    multiply.planes = planes.data();
-    multiply.packed_rows = packed_rows;
-    multiply.scales = scales.data();
-    multiply.group_scales = group_scales.data();
-    multiply.groups = groups.data();
-    multiply.n_groups = n_groups;
-    multiply.y = y.data();
-    check(exl2_op_plane_matmul(&multiply), "plane_matmul");
-    print_near("plane_matmul", y);
+    for (const int whole : {0, 1}) {
+        std::vector<int8_t> numbers(x.size() * 2);
+        std::vector<float> x_scales(x.size() / 32), y(kRows * kOut);
+        std::vector<int32_t> sums(x_scales.size());
+        exl2::Digits make = {};
+        make.x = x.data();
+        make.rows = kRows;
+        make.in = in;
+        make.whole = whole;
+        make.numbers = numbers.data();
+        make.scales = x_scales.data();
+        make.sums = sums.data();
+        check(exl2_op_digits(&make), "digits");
+        print_exact("numbers", numbers);
+        print_exact("sums", sums);
+
+        exl2::PlaneMatmul multiply = {};
+        multiply.whole = whole;
+        multiply.numbers = numbers.data();
+        multiply.x_scales = x_scales.data();
+        multiply.sums = sums.data();
+        multiply.rows = kRows;
+        multiply.in = in;
+        multiply.out = kOut;
+        multiply.planes = planes.data();
+        multiply.packed_rows = packed_rows;
+        multiply.scales = scales.data();
+        multiply.group_scales = group_scales.data();
+        multiply.groups = groups.data();
+        multiply.n_groups = n_groups;
+        multiply.y = y.data();
+        check(exl2_op_plane_matmul(&multiply), "plane_matmul");
+        print_near("plane_matmul", y);
+    }
 
     const std::vector<uint16_t> weight = halves(static_cast<size_t>(kOut * in));
+    std::vector<float> y(kRows * kOut);
     exl2::DenseMatmul dense = {};
     dense.x = x.data();
     dense.rows = kRows;
