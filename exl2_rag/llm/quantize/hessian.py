@@ -54,15 +54,17 @@ class InputMoments:
                 self._shift = torch.zeros_like(self._sum)
             self._shift += x.T @ (unquantised.to(torch.float32) - x)
 
-    def hessian(self) -> Tensor:
-        """[K, K] float32: the mean of X^T X over batches; the identity without any."""
-        if self.n_batches == 0:
-            return torch.eye(self._sum.shape[0], device=self._sum.device)
-        return self._sum / self.n_batches
+    def take(self) -> tuple[Tensor, Tensor | None]:
+        """The means over batches of X^T X and of X^T (Y - X), each [K, K] float32; the latter None if no Y was given.
 
-    def shift(self) -> Tensor | None:
-        """[K, K] float32: the mean of X^T (Y - X), or None if no Y was given."""
-        return None if self._shift is None else self._shift / self.n_batches
+        Without any batch the first is the identity. Gives its memory away: of no use afterwards.
+        """
+        if self.n_batches == 0:
+            return torch.eye(self._sum.shape[0], device=self._sum.device), None
+        hessian = self._sum.div_(self.n_batches)
+        shift = None if self._shift is None else self._shift.div_(self.n_batches)
+        self._sum, self._shift = hessian.new_empty((0, 0)), None
+        return hessian, shift
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +103,9 @@ def factorise(hessian: Tensor, *, damping: float = DAMPING) -> HessianFactor:
     """
     diagonal = hessian.diagonal()
     perm = torch.argsort(diagonal, descending=True, stable=True)
-    ordered = hessian[perm][:, perm].to(torch.float32).clone()
     step = max(damping * float(diagonal.to(torch.float64).mean()), _LEAST_DAMPING)
     for attempt in range(1, _ATTEMPTS + 1):
-        ordered.diagonal().add_(step)
-        upper = _inverse_factor(ordered)
+        upper = _inverse_factor(hessian, perm, attempt * step)
         if upper is not None:
             return HessianFactor(perm, upper, attempt * step)
     raise CalibrationError(
@@ -114,17 +114,24 @@ def factorise(hessian: Tensor, *, damping: float = DAMPING) -> HessianFactor:
     )
 
 
-def _inverse_factor(hessian: Tensor) -> Tensor | None:
-    """U, upper triangular, with inverse(hessian) = U^T U; None if there is none.
+def _inverse_factor(hessian: Tensor, perm: Tensor, damping: float) -> Tensor | None:
+    """U, upper triangular, with inverse(H) = U^T U, H the Hessian in the order `perm`, damped; None if there is none.
 
-    With hessian = R R^T, R upper triangular, U is the inverse of R. R is the lower factor of the matrix read backwards.
+    Read backwards, H is L L^T, and U is the inverse of L read backwards. Three matrices are held at a time, the Hessian
+    included.
     """
-    lower, failed = torch.linalg.cholesky_ex(hessian.flip((0, 1)))
+    backwards = perm.flip(0)
+    lower = hessian.index_select(0, backwards).index_select(1, backwards)
+    lower.diagonal().add_(damping)
+    failed = torch.empty((), dtype=torch.int32, device=hessian.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, failed))
     if int(failed):
         return None
-    factor = lower.flip((0, 1))
+    inverse = torch.eye(len(lower), device=hessian.device)
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
     del lower
-    upper: Tensor = torch.linalg.solve_triangular(factor, torch.eye(len(factor), device=factor.device), upper=True)
-    if not bool((upper.diagonal() > 0).all()) or not bool(torch.isfinite(upper).all()):
+    upper: Tensor = inverse.flip((0, 1))
+    del inverse
+    if not bool((upper.diagonal() > 0).all()) or not bool(torch.isfinite(upper.diagonal()).all()):
         return None
     return upper

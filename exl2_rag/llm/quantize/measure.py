@@ -113,7 +113,7 @@ class PartMeasurer:
         wanted = [hidden.clone() for hidden in states]
         with layer.listening(part, {name: one.add for name, one in moments.items()}):
             self.run(layer, part, wanted, {})
-        factors = {name: factorise(one.hessian()) for name, one in moments.items()}
+        factors = {name: factorise(one.take()[0]) for name, one in moments.items()}
         return wanted, {name: factors[stage[0]] for stage in STAGES[part] for name in stage}
 
     def _error_of(

@@ -22,7 +22,7 @@ from exl2_rag.llm.quantize.job import Job
 from exl2_rag.llm.quantize.measure import PartMeasurer, block_name, token_divergence
 from exl2_rag.llm.quantize.measurement import Measurement, Slot, option_from_json, option_to_json
 from exl2_rag.llm.quantize.options import ConversionOptions
-from exl2_rag.llm.quantize.refine import corrected_weight
+from exl2_rag.llm.quantize.refine import corrected_weights
 from exl2_rag.llm.quantize.rtn import QuantisationPlan
 from exl2_rag.llm.quantize.scales import search_scales_weighted
 from exl2_rag.llm.quantize.states import HiddenStates
@@ -235,7 +235,7 @@ class Quantiser:
             parts = self._job.read_tensors(name)
             made = exl2_format.decode(parts, tensor_names.HEAD_KEY, prescale=1.0)[:, : weight.shape[0]].T
         else:
-            matrix = quantise_matrix(weight, factorise(moments.hessian()), plan, search=self._search)
+            matrix = quantise_matrix(weight, factorise(moments.take()[0]), plan, search=self._search)
             self._job.write_tensors(name, matrix.parts)
             made = matrix.weight
         return self._compare(weight, made.to(device, torch.float32))
@@ -269,10 +269,12 @@ class Quantiser:
         for step in steps:
             moments = self._observe(layer, part, [stage[0] for stage in step], made)
             for stage in step:
-                hessian, shift = moments[stage[0]].hessian(), moments[stage[0]].shift()
+                hessian, shift = moments.pop(stage[0]).take()
+                weights = corrected_weights([layer.matrices(part)[short].weight for short in stage], hessian, shift)
+                del shift  # each of these has gigabytes for the widest inputs
                 factor = factorise(hessian)
-                for short in stage:
-                    weight = corrected_weight(layer.matrices(part)[short].weight, hessian, shift)
+                del hessian
+                for short, weight in zip(stage, weights, strict=True):
                     plan = self._plans[specs[short].key]
                     made[short] = quantise_matrix(weight, factor, plan, search=self._search)
         return made

@@ -9,6 +9,8 @@ Source: the closed form of least squares; asymmetric calibration as in GPTAQ (Li
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,22 +18,20 @@ SHIFT_DAMPING = 0.5
 """Added to the diagonal of H, as a share of its mean: with little text S is noisy."""
 
 
-def corrected_weight(weight: Tensor, hessian: Tensor, shift: Tensor | None) -> Tensor:
-    """The weight to quantise.
+def corrected_weights(weights: Sequence[Tensor], hessian: Tensor, shift: Tensor | None) -> list[Tensor]:
+    """The weights to quantise, of matrices that read one input.
 
     Args:
-        weight: [out, in] float32.
+        weights: each [out, in] float32.
         hessian: [in, in] float32, undamped.
-        shift: [in, in] float32, or None: the weight as it is.
-
-    Returns:
-        [out, in] float32.
+        shift: [in, in] float32, or None: the weights as they are.
     """
     if shift is None:
-        return weight
-    damped = hessian.clone()
-    damped.diagonal().add_(SHIFT_DAMPING * float(hessian.diagonal().mean()))
-    lower, failed = torch.linalg.cholesky_ex(damped)
+        return list(weights)
+    lower = hessian.clone()
+    lower.diagonal().add_(SHIFT_DAMPING * float(hessian.diagonal().mean()))
+    failed = torch.empty((), dtype=torch.int32, device=hessian.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, failed))
     if int(failed):
-        return weight  # nothing can be said of the inputs; the plain weight is the best guess
-    return weight + torch.cholesky_solve(shift @ weight.T, lower).T
+        return list(weights)  # nothing can be said of the inputs; the plain weights are the best guess
+    return [weight + torch.cholesky_solve(shift @ weight.T, lower).T for weight in weights]
