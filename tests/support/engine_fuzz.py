@@ -91,10 +91,13 @@ class EngineFuzz:
     Args:
         seed: names the whole run.
         has_drafts: sequences get drafts of their next tokens, of which some are wrong.
+        speculator: gives drafts of its own instead.
         sizes: fields of `EngineConfig`; the defaults are tight in every respect.
     """
 
-    def __init__(self, seed: int, *, has_drafts: bool = False, **sizes: Any) -> None:
+    def __init__(
+        self, seed: int, *, has_drafts: bool = False, speculator: Speculator | None = None, **sizes: Any
+    ) -> None:
         self.random = random.Random(seed)
         self.model = ToyModel()
         self.sizes = {
@@ -107,7 +110,8 @@ class EngineFuzz:
             "max_overtakes": 3,
             **sizes,
         }
-        speculator = Speculator(Guesses(_guess, wrong=0.2, seed=seed), costs=FreeRows()) if has_drafts else None
+        if has_drafts:
+            speculator = Speculator(Guesses(_guess, wrong=0.2, seed=seed), costs=FreeRows())
         self.engine: Engine = toy_engine(self.model, speculator=speculator, **self.sizes)
         self.live: dict[Sequence, Tracked] = {}
         self.pins: list[Sequence] = []

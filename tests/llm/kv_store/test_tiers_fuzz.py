@@ -36,7 +36,11 @@ class TieredFuzz(EngineFuzz):
 
     def damage_disk(self) -> None:
         for path in segments(self.store.folder).values():
-            with path.open("r+b") as file:
+            try:
+                file = path.open("r+b")
+            except FileNotFoundError:  # the writer has just given this segment up
+                continue
+            with file:
                 file.seek(self.random.randrange(max(1, path.stat().st_size)) // 4096 * 4096 + self.random.randrange(32))
                 file.write(self.random.randbytes(1))
 
