@@ -5,13 +5,11 @@ Not torch operators: nothing of a forward pass calls them, and on a card torch d
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
 from exl2_rag.errors import ShapeError
-from exl2_rag.llm.kernels import native, status
+from exl2_rag.llm.kernels import cpu_ops, native
 from exl2_rag.llm.kernels.checks import check_devices, check_float
 from exl2_rag.llm.kernels.cpu_ops import structure
 from exl2_rag.llm.kernels.weights import EXL2_WIDTHS
@@ -67,7 +65,7 @@ def rounding_costs(x: Tensor, row_weights: Tensor | None, steps: Tensor, bits: i
         row_weights is None,
         costs.data_ptr(),
     )
-    _call(library, "rounding_costs", arguments)
+    cpu_ops.call(library, "rounding_costs", arguments)
     return costs
 
 
@@ -120,7 +118,7 @@ def gptq_rows(
         values.data_ptr(),
         errors.data_ptr(),
     )
-    _call(library, "gptq_rows", arguments)
+    cpu_ops.call(library, "gptq_rows", arguments)
     return codes, values, errors
 
 
@@ -163,7 +161,3 @@ def _whole_numbers(x: Tensor, step: Tensor, bits: int) -> Tensor:
 def _check_bits(op: str, bits: int) -> None:
     if bits not in EXL2_WIDTHS:
         raise ShapeError(f"{op}: bits must be one of {list(EXL2_WIDTHS)}, they are {bits}")
-
-
-def _call(library: ctypes.CDLL, name: str, arguments: ctypes.Structure) -> None:
-    status.check(name, library[f"exl2_op_{name}"](ctypes.byref(arguments)))
