@@ -46,6 +46,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "exl2_rag.llm.quantize": (
         *SHARED, "exl2_rag.llm.quantize", "exl2_rag.llm.models", "exl2_rag.llm.layers", "exl2_rag.llm.kernels",
         "exl2_rag.llm.checkpoint", "exl2_rag.llm.config", "exl2_rag.llm.forward_inputs", "exl2_rag.llm.tokenizer",
+        "exl2_rag.llm.weights_digest",
     ),
     "exl2_rag.llm.step_times": SHARED,
     "exl2_rag.retrieval": (*SHARED, "exl2_rag.retrieval"),

@@ -18,6 +18,8 @@ from rich.console import Console
 from exl2_rag.errors import Exl2RagError
 
 if TYPE_CHECKING:
+    from rich.progress import ProgressColumn
+
     from exl2_rag.llm.api import ExL2LLM
     from exl2_rag.settings import Settings
 
@@ -92,6 +94,23 @@ def busy(text: str, *, quiet: bool = False) -> Iterator[None]:
         return
     with err.status(text):
         yield
+
+
+@contextmanager
+def named_bars(*columns: ProgressColumn, quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each name that is told, as (name, done, in all), on a terminal; nothing elsewhere."""
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    shown = (TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn())
+    with Progress(*shown, console=err, disable=quiet or not err.is_terminal) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def tell(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(name, total=total)
+            bar.update(tasks[name], completed=done, total=total)
+
+        yield tell
 
 
 def _plain(value: Any) -> Any:

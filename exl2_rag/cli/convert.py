@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import MofNCompleteColumn, TimeElapsedColumn
 from rich.table import Table
 
-from exl2_rag.cli.common import JsonOption, command, err, out, print_json
+from exl2_rag.cli.common import JsonOption, command, err, named_bars, out, print_json
 from exl2_rag.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -83,7 +74,7 @@ def convert(
     if threads is not None:
         torch.set_num_threads(threads)
         set_num_threads(threads)
-    with _progress(quiet=as_json) as tell:
+    with named_bars(MofNCompleteColumn(), TimeElapsedColumn(), quiet=as_json) as tell:
         result = convert_model(
             source,
             target,
@@ -96,7 +87,7 @@ def convert(
             device=device,
             fresh=fresh,
             keep_job=keep_job,
-            progress=tell,
+            progress=lambda stage, done, total: tell(stage.capitalize(), done, total),
         )
     if as_json:
         print_json(result.to_json())
@@ -145,24 +136,3 @@ def _report(result: Conversion) -> None:
         f"after; KL {quality.divergence:.6f} nats a token; same first choice {quality.agreement:.2%}."
     )
     out.print(f"{result.n_bytes / _MIB:,.1f} MiB of tensors, {result.seconds:,.0f} s. Compare on other text: eval kl.")
-
-
-@contextmanager
-def _progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each stage on a terminal, nothing elsewhere."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err, disable=quiet or not err.is_terminal) as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def tell(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage.capitalize(), total=total)
-            bar.update(tasks[stage], completed=done, total=total)
-
-        yield tell

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import DownloadColumn, TransferSpeedColumn
 
-from exl2_rag.cli.common import JsonOption, command, err, out, print_json
+from exl2_rag.cli.common import JsonOption, command, named_bars, out, print_json
 
 DEFAULT_MODELS = Path("models")
 
@@ -39,31 +29,10 @@ def pull(
     from exl2_rag.llm.hub import HubModel, fetch
 
     wanted = HubModel.parse(model)
-    with _progress(quiet=as_json) as tell:
+    with named_bars(DownloadColumn(), TransferSpeedColumn(), quiet=as_json) as tell:
         target = fetch(wanted, directory or DEFAULT_MODELS / wanted.directory_name, token=token, progress=tell)
     checkpoint = Checkpoint.open(target)  # a file that was damaged on the way shows here
     if as_json:
         print_json({"directory": target, "tensor_bytes": checkpoint.total_bytes()})
     else:
         out.print(f"{target}: {checkpoint.total_bytes() / 2**20:,.1f} MiB of tensors", highlight=False)
-
-
-@contextmanager
-def _progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for the file that comes, with rate and time left, on a terminal; nothing elsewhere."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err, disable=quiet or not err.is_terminal) as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def tell(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = bar.add_task(name, total=total)
-            bar.update(tasks[name], completed=done, total=total)
-
-        yield tell

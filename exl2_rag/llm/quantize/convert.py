@@ -50,8 +50,7 @@ from exl2_rag.llm.quantize.passes import (
 )
 from exl2_rag.llm.quantize.rtn import QuantisationPlan, padded, plan_for_bits
 from exl2_rag.llm.tokenizer import Tokenizer
-
-_SAMPLE_BYTES = 1 << 20  # of each tensor file, to recognise the source by
+from exl2_rag.llm.weights_digest import weights_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +146,9 @@ def convert(
         measurement = _measurement(model, text, options, job, measurement_file, progress)
         if output_measurement is not None:
             write_reference_file(output_measurement, measurement, other_modules=["model.norm.norm", "lm_head.linear"])
-        plans = _plans(model, measurement, options, job)
+        # Errors of a measurement.json are those of the reference, whoever uses them.
+        objective = "reference" if measurement_file is not None else options.method
+        plans = _plans(model, measurement, options, job, objective)
         quantiser = Quantiser(model, text.ids, plans, options, job)
         blocks = tuple(quantiser.blocks(progress))
         quality = quantiser.head()
@@ -168,13 +169,9 @@ def convert(
 
 
 def source_identity(source_dir: Path) -> str:
-    """Names a source model: its config, and size and beginning of each tensor file."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in (source_dir / "config.json", *sorted(source_dir.glob("*.safetensors"))):
-        digest.update(f"{path.name} {path.stat().st_size} ".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
+    """Names a source model: its config, and every byte of its weights."""
+    config = hashlib.blake2b((source_dir / "config.json").read_bytes(), digest_size=16).hexdigest()
+    return f"config:{config} {weights_digest(source_dir)}"
 
 
 def _calibration(
@@ -217,13 +214,11 @@ def _uniform(model: FloatModel, bits: float) -> Measurement:
 
 
 def _plans(
-    model: FloatModel, measurement: Measurement, options: ConversionOptions, job: Job
+    model: FloatModel, measurement: Measurement, options: ConversionOptions, job: Job, objective: str
 ) -> dict[str, QuantisationPlan]:
     """The layout of each matrix, by key."""
     if not job.has("strategy.json"):
-        # Errors of measurement.json are those of the reference whoever uses them.
-        method = "reference" if all(slot.sensitivity == 1.0 for slot in measurement.slots) else options.method
-        choice = allocate(measurement, math.floor(options.bits * _elements(model)), method=method)
+        choice = allocate(measurement, math.floor(options.bits * _elements(model)), method=objective)
         chosen = [
             [slot.block, option_to_json(option)] for slot, option in zip(measurement.slots, choice.options, strict=True)
         ]

@@ -34,7 +34,7 @@ class PartMeasurement:
 
     Attributes:
         slots: without sensitivities.
-        probe_error: of the part's output when all its matrices are rounded as `PROBE` says.
+        probe_error: of the part's output when all its matrices are rounded as `PROBE` says; 0 without a probe.
     """
 
     slots: tuple[Slot, ...]
@@ -61,7 +61,7 @@ class PartMeasurer:
         self._bits = bits
 
     def measure(
-        self, layer: FloatLayer, part: PartName, states: Sequence[Tensor]
+        self, layer: FloatLayer, part: PartName, states: Sequence[Tensor], probe: Mapping[str, Tensor]
     ) -> tuple[PartMeasurement, list[Tensor]]:
         """Measure one part.
 
@@ -69,6 +69,7 @@ class PartMeasurer:
             layer: the layer.
             part: which of its parts.
             states: [T, C] float32 for each row, what comes into the part; left as they are.
+            probe: the part's matrices as `probe_weights` gives them; empty where sensitivities are not asked for.
 
         Returns:
             What was found, and what comes out of the part for each row.
@@ -86,7 +87,7 @@ class PartMeasurer:
                 f"{block_name(layer.index, part)} cannot be quantised: its best layout has an error of {best:.2f}; the "
                 "weights are damaged, or the calibration text is nothing like what the model reads"
             )
-        return PartMeasurement(slots, error_of(self.probe_weights(layer, part))), wanted
+        return PartMeasurement(slots, error_of(probe) if probe else 0.0), wanted
 
     def probe_weights(self, layer: FloatLayer, part: PartName) -> dict[str, Tensor]:
         """The part's matrices, rounded coarsely."""

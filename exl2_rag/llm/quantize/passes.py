@@ -94,7 +94,6 @@ def measure_model(
     """
     measurer = PartMeasurer(model, method=options.method, bits=options.bits)
     parts = all_parts(model.n_layers)
-    device = model.device
     states = [model.embed(row) for row in ids]
     n_probes = min(PROBE_ROWS, len(states)) if options.method == "refined" else 0
     probed: dict[str, list[Tensor]] = {}
@@ -107,23 +106,24 @@ def measure_model(
         block = block_name(index, part)
         name = Job.measured_name(block)
         before = [hidden.clone() for hidden in states[:n_probes]]
+        probe = measurer.probe_weights(layer, part) if n_probes else {}
         if job.has(name):
             data = job.read_json(name)
             slots = tuple(Slot(block, tuple(option_from_json(one, "error") for one in of)) for of in data["slots"])
             found[block] = (slots, float(data["probe_error"]))
             measurer.run(layer, part, states, {})
         else:
-            measured, states = measurer.measure(layer, part, states)
+            measured, states = measurer.measure(layer, part, states, probe)
             found[block] = (measured.slots, measured.probe_error)
             options_json = [[option_to_json(option) for option in slot.options] for slot in measured.slots]
             job.write_json(name, {"slots": options_json, "probe_error": measured.probe_error})
         for hidden in probed.values():
             measurer.run(layer, part, hidden, {})
         if n_probes:
-            measurer.run(layer, part, before, measurer.probe_weights(layer, part))
+            measurer.run(layer, part, before, probe)
             probed[block] = before
     progress("measure", len(parts), len(parts))
-    sensitivities = _sensitivities(model, states[:n_probes], probed, found, device) if n_probes else {}
+    sensitivities = _sensitivities(model, states[:n_probes], probed, found) if n_probes else {}
     return Measurement(
         tuple(
             replace(slot, sensitivity=sensitivities.get(block, 1.0))
@@ -138,10 +138,9 @@ def _sensitivities(
     states: Sequence[Tensor],
     probed: Mapping[str, Sequence[Tensor]],
     found: Mapping[str, tuple[tuple[Slot, ...], float]],
-    device: torch.device,
 ) -> dict[str, float]:
     """What an error of 1 in each block's output costs in divergence of the model's output."""
-    head = model.head_weight().to(device, torch.float32)
+    head = model.head_weight().to(torch.float32)
     right = [model.final_norm(hidden) @ head.T for hidden in states]
     result = {}
     for block, rows in probed.items():
@@ -225,16 +224,16 @@ class Quantiser:
     def head(self) -> QualityReport:
         """Quantise the head, and compare both models on the calibration rows."""
         weight = self._model.head_weight().to(torch.float32)
-        plan = HEAD_PLANS[self._options.head_bits]
-        moments = InputMoments(weight.shape[1], weight.device)
         device = self._model.device
-        for index in range(self._lossy.n_rows):
-            moments.add(self._model.final_norm(self._lossy.row(index, device)))
         name = Job.matrix_name(tensor_names.HEAD_KEY)
         if self._job.has(name):
             parts = self._job.read_tensors(name)
             made = exl2_format.decode(parts, tensor_names.HEAD_KEY, prescale=1.0)[:, : weight.shape[0]].T
         else:
+            moments = InputMoments(weight.shape[1], weight.device)
+            for index in range(self._lossy.n_rows):
+                moments.add(self._model.final_norm(self._lossy.row(index, device)))
+            plan = HEAD_PLANS[self._options.head_bits]
             matrix = quantise_matrix(weight, factorise(moments.take()[0]), plan, search=self._search)
             self._job.write_tensors(name, matrix.parts)
             made = matrix.weight

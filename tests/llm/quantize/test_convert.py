@@ -198,6 +198,15 @@ def test_a_job_directory_of_another_conversion_is_refused(source, tmp_path):
         run(source, tmp_path / "exl2", bits=6.0)
     with pytest.raises(ConversionError, match="calibration"):
         run(source, tmp_path / "exl2", bits=5.0, texts=["Something else entirely. " * 60])
+    tuned = tmp_path / "tuned"  # the same names, shapes and config
+    tuned.mkdir()
+    for path in source.iterdir():
+        (tuned / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(tuned / "model.safetensors")
+    tensors["model.norm.weight"][-1] += 1
+    save_file(tensors, tuned / "model.safetensors")
+    with pytest.raises(ConversionError, match="holds a conversion with source"):
+        run(tuned, tmp_path / "exl2", bits=5.0)
     run(source, tmp_path / "exl2", bits=6.0, fresh=True)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("x")
